@@ -1,0 +1,108 @@
+"""The table and the picture grid of a run on the held-out captions, and the checkpoint with its model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from distill import checkpoint
+from distill.autoencoder import reconstruction_psnr
+from distill.captions import LONE_FORMS, PAIR_FORMS, held_out
+from distill.evaluation import Evaluator, Score
+from distill.loop import Run
+from distill.scenes import BACKGROUNDS, COLOURS, SHAPES, render
+from distill.settings import Settings
+from distill.student.steps import SIGMAS
+from distill.text import TextEncoders
+
+TEACHER_SHIFT = 3.0
+GRID_COLUMNS = 12
+
+
+def evaluate(
+    run: Run,
+    settings: Settings,
+    out: Path,
+    vae: AutoencoderKL,
+    text: TextEncoders,
+    teacher: SD3Transformer2DModel,
+    student: SD3Transformer2DModel,
+    ablations: dict[str, SD3Transformer2DModel],
+    description: str,
+) -> dict[str, Score]:
+    """Scores every row (kept in RUN/scores.json, rows made once), prints the table, draws the grid, writes the checkpoint."""
+    cases = held_out()[: settings.evaluation_captions]
+    evaluator = Evaluator(text, vae, cases, run.accelerator.device)
+    rows: dict[str, Callable[[], np.ndarray]] = {
+        "teacher, 50 steps, guided": lambda: evaluator.teacher_pictures(teacher, 50, settings.guidance, TEACHER_SHIFT),
+        "teacher, 4 steps, unguided": lambda: evaluator.teacher_pictures(teacher, 4, 1.0, TEACHER_SHIFT),
+        "student, 4 steps": lambda: evaluator.student_pictures(student, 4),
+        "student, 2 steps": lambda: evaluator.student_pictures(student, 2),
+    }
+    for name, model in ablations.items():
+        rows[f"ablation: {name}, 4 steps"] = lambda model=model: evaluator.student_pictures(model, 4)  # type: ignore[misc]
+    scores, strips = {}, [np.concatenate([render(scene) for scene, _ in cases[:GRID_COLUMNS]], 1)]
+    for name, draw in rows.items():
+        pictures = draw()
+        scores[name] = evaluator.score(pictures)
+        strips.append(np.concatenate(list(pictures[:GRID_COLUMNS]), 1))
+    (run.folder / "scores.json").write_text(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=1))
+    Image.fromarray(np.concatenate(strips, 0)).save(run.folder / "grid.png")
+    _print(scores)
+    card = _card(settings, vae, student, scores, description)
+    checkpoint.write(out, student, vae, text, card)
+    Image.fromarray(np.concatenate(strips, 0)).save(out / "grid.png", optimize=True)
+    return scores
+
+
+def _print(scores: dict[str, Score]) -> None:
+    table = Table("model", "adherence", "facts", "Frechet distance", title=f"{len(held_out())} held-out captions")
+    for name, score in scores.items():
+        table.add_row(name, f"{score.adherence:.1%}", f"{score.facts:.1%}", f"{score.frechet:.4f}")
+    Console().print(table)
+
+
+def _card(
+    settings: Settings, vae: AutoencoderKL, student: SD3Transformer2DModel, scores: dict[str, Score], description: str
+) -> str:
+    lines = ["| model | adherence | facts | Frechet distance |", "|---|---|---|---|"]
+    lines += [f"| {name} | {s.adherence:.1%} | {s.facts:.1%} | {s.frechet:.4f} |" for name, s in scores.items()]
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string((checkpoint.TEMPLATES / "card.md").read_text())
+    return template.render(
+        transformer=f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f}",
+        sigmas={n: list(s) for n, s in SIGMAS.items()},
+        shapes=", ".join(SHAPES),
+        colours=", ".join(COLOURS),
+        backgrounds=", ".join(BACKGROUNDS),
+        forms=len(LONE_FORMS) + len(PAIR_FORMS),
+        held_out=len(held_out()),
+        psnr=f"{reconstruction_psnr(vae, [render(scene) for scene, _ in held_out()[:128]]):.1f}",
+        settings=settings,
+        student=description,
+        table="\n".join(lines),
+        notes=_notes(scores),
+    )
+
+
+def _notes(scores: dict[str, Score]) -> str:
+    """What the figures miss of what was asked of them, in words."""
+    teacher, four, two = (scores[n].adherence for n in ("teacher, 50 steps, guided", "student, 4 steps", "student, 2 steps"))
+    missed = []
+    if teacher < 0.90:
+        missed.append(f"the teacher reaches {teacher:.1%} where 90 % was wanted; it was trained as long as the budget allowed")
+    if four < 0.97 * teacher:
+        missed.append(
+            f"the 4-step student reaches {four / max(teacher, 1e-9):.1%} of the teacher's score where 97 % was wanted"
+        )
+    if two < 0.90 * teacher:
+        missed.append(f"the 2-step student reaches {two / max(teacher, 1e-9):.1%} of the teacher's score where 90 % was wanted")
+    return "Where it falls short: " + "; ".join(missed) + ".\n" if missed else ""

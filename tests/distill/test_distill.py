@@ -1,0 +1,90 @@
+"""`python -m distill`: every stage runs, resumes exactly, and says in one line what it cannot do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusion3Pipeline
+from torch import nn
+
+from distill.loop import Run, RunError, save_state, train
+
+
+def distill(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "distill", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distill")
+    done = distill("all", "--smoke", "--run", str(folder / "run"), "--out", str(folder / "made"))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_stage_runs_and_the_checkpoint_draws_in_unmodified_diffusers(smoke: Path) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(smoke / "made", text_encoder_3=None, tokenizer_3=None)
+    image = pipeline("a red circle", guidance_scale=1, num_inference_steps=2, sigmas=[0.98, 0.6], height=128, width=128).images[
+        0
+    ]
+    assert image.size == (128, 128)
+    assert {"README.md", "LICENSE", "flash.json", "model_index.json", "grid.png"} <= {
+        p.name for p in (smoke / "made").iterdir()
+    }
+
+
+def test_a_finished_run_is_not_trained_again(smoke: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (smoke / "run").glob("*.safetensors")}
+    assert distill("student", "--smoke", "--run", str(smoke / "run")).returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_checkpoint_of_another_shape_is_one_clear_line_and_kept(smoke: Path) -> None:
+    done = distill("autoencoder", "--run", str(smoke / "run"))  # the full sizes on the smoke run's state
+    assert done.returncode != 0
+    (line,) = done.stderr.strip().splitlines()
+    assert "is of another shape" in line and "start anew" in line
+    assert (smoke / "run" / "autoencoder.safetensors").exists()
+
+
+def test_an_unknown_stage_is_one_clear_line() -> None:
+    done = distill("painter")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "painter" in done.stderr and "teacher" in done.stderr
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_the_last_state(tmp_path: Path) -> None:
+    module = nn.Linear(4, 4)
+    path = tmp_path / "stage.safetensors"
+    save_state(path, {"module": module}, {}, 7)
+    kept = path.read_bytes()
+    (tmp_path / "stage.part").symlink_to("/dev/full")
+    with pytest.raises(RunError, match="disk is full"):
+        save_state(path, {"module": module}, {}, 8)
+    assert path.read_bytes() == kept
+
+
+def test_a_resumed_run_takes_the_same_steps_as_an_undisturbed_one(tmp_path: Path) -> None:
+    def fit(folder: Path, stops: list[int]) -> dict[str, torch.Tensor]:
+        for stop in stops:
+            torch.manual_seed(0)
+            module = nn.Linear(8, 8)
+            optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+
+            def step(number: int, generator: torch.Generator) -> dict[str, float]:
+                loss = module(torch.randn(4, 8, generator=generator)).pow(2).mean()  # noqa: B023
+                loss.backward()
+                optimizer.step()  # noqa: B023
+                optimizer.zero_grad()  # noqa: B023
+                return {"loss": loss.item()}
+
+            train(Run(folder, 0, Accelerator(cpu=True)), "stage", {"module": module}, {"adam": optimizer}, step, stop)
+        return {name: value.clone() for name, value in module.state_dict().items()}
+
+    undisturbed, resumed = fit(tmp_path / "a", [9]), fit(tmp_path / "b", [2, 5, 9])
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
