@@ -15,6 +15,13 @@ from distill.model import unfold
 from distill.student.steps import SIGMAS
 from distill.text import TextEncoders
 
+# What an exporter runs the model on when it records golden inputs.
+PROMPTS = (
+    "a large red heart in front of a big blue square on a mint background",
+    "a small yellow star left of a hollow purple circle, against a gradient from sky blue to cream",
+    "at the top left there is a large green triangle on a pink background",
+    "a tiny orange cross below a filled red circle on plain white",
+)
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -47,9 +54,8 @@ def write(folder: Path, student: SD3Transformer2DModel, vae: AutoencoderKL, text
             source = Path(text.tokenizers[0 if not suffix else 1].name_or_path)
             for name in ("vocab.json", "merges.txt"):
                 shutil.copyfile(source / name, beside / f"tokenizer{suffix}" / name)
-        (beside / "flash.json").write_text(
-            json.dumps({"sigmas": {str(n): list(s) for n, s in SIGMAS.items()}}, indent=1) + "\n"
-        )
+        flash = {"sigmas": {str(n): list(s) for n, s in SIGMAS.items()}, "prompts": PROMPTS}
+        (beside / "flash.json").write_text(json.dumps(flash, indent=1) + "\n")
         (beside / "README.md").write_text(card)
         shutil.copyfile(TEMPLATES / "LICENSE", beside / "LICENSE")
         shutil.rmtree(folder, ignore_errors=True)

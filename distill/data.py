@@ -25,7 +25,7 @@ PATCHES = 8  # the transformer sees 8 x 8 patches of 16 px
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents float32 [batch, 16, 16, 16], captions, and what stands at each patch as `layout_of` says: int64 [batch, 2, 8, 8]."""
+    """Latents float32 [batch, 16, 16, 16], captions, and what stands at each patch (`layout_of`): int64 [batch, 2, 8, 8]."""
 
     latents: Tensor
     captions: list[str]
@@ -69,7 +69,7 @@ def embed(text: TextEncoders, captions: list[str], generator: torch.Generator, d
 
 
 def layout_of(scene: Scene) -> np.ndarray:
-    """uint8 [2, 8, 8]: of the thing in front at each patch, 1 + the index of its colour and of its shape; 0 where there is none."""
+    """uint8 [2, 8, 8]: of the thing in front at each patch, 1 + the indices of its colour and shape; 0: nothing."""
     layout = np.zeros((2, PATCHES, PATCHES), dtype=np.uint8)
     for thing in reversed(scene.things):
         mask = shape_mask(thing.shape, thing.outlined, thing.x, thing.y, thing.radius)

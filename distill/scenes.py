@@ -183,11 +183,11 @@ def outline(shape: str, inset: float) -> np.ndarray:
         return centre + (points - centre) * (1 - inset / 0.72)
     if shape == "cross":
         arm, reach = 0.36 - 0.7 * inset, 0.98 - 0.7 * inset
-        corners, quarter = list[tuple[float, float]](), [(arm, -reach), (arm, -arm), (reach, -arm)]
+        notch, quarter = list[tuple[float, float]](), [(arm, -reach), (arm, -arm), (reach, -arm)]
         for _ in range(4):
-            corners += quarter
-            quarter = [(-y, x) for x, y in quarter]
-        return np.array(corners, dtype=np.float64)
+            notch += quarter
+            quarter = [(-down, right) for right, down in quarter]
+        return np.array(notch, dtype=np.float64)
     raise ValueError(f"no shape {shape!r}; choose from {', '.join(SHAPES)}")
 
 
