@@ -1,0 +1,116 @@
+"""The `export-flash` command: options in, one call out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class Commands(click.Group):
+    """`export-flash --target ...` exports; `export-flash generate|verify|inspect ...` work on a bundle."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="export-flash")
+def command() -> None:
+    """Gets few-step text-to-image models onto phones.
+
+    \b
+    export-flash --target ios|android|all [--model ...]   makes bundles (see: export-flash export --help)
+    export-flash generate BUNDLE "a prompt"                draws a picture from a bundle
+    export-flash verify BUNDLE                             runs and compares every artifact
+    export-flash inspect BUNDLE                            says what a bundle holds
+    """
+
+
+@command.command()
+@click.option("--target", type=click.Choice(["ios", "android", "all"]), required=True, help="What the bundle is for.")
+@click.option("--model", metavar="FOLDER|HUB_ID|FILE", help="Folder, hub id or .safetensors file [flash-mini].")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of tokenizer/ and tokenizer_2/, for a file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where bundles go [./bundles/<model name>].")
+@click.option("--steps", type=int, help="Denoising steps; the checkpoint carries the sigmas of its own [4].")
+@click.option("--sigmas", help='Explicit noise levels, ending in 0: "1 0.9 0.75 0.5 0".')
+@click.option("--resolution", help="Pixels, 512 or WIDTHxHEIGHT [the model's own].")
+@click.option("--bits", type=int, help="Mean bits of a weight: 16, 8 or 6 [ios 6, android 8].")
+@click.option("--contract", type=click.Choice(["flash", "diffusers"]), default="flash", show_default=True, help="Graph inputs.")
+@click.option("--deployment-target", default="iOS17", show_default=True, help="Core ML: iOS17 or iOS18.")
+@click.option("--format", "formats", multiple=True, help="Only these formats of the target: coreml, onnx, executorch.")
+@click.option("--component", "components", multiple=True, help="Only these components.")
+@click.option("--chunks", default="auto", show_default=True, help="Pieces of the transformer: auto or a number.")
+@click.option("--rewrite/--no-rewrite", "rewrite", default=True, show_default=True, help="All exact rewrites on or off.")
+@click.option("--without", multiple=True, help="Leave out one exact rewrite, such as fold_null_tokens.")
+@click.option("--dry-run", is_flag=True, help="Print what would be made and every refusal; read no weights.")
+def export(**given: Any) -> None:
+    """Makes a bundle: traces, compresses, writes, runs and compares every component."""
+    from export import commands
+
+    commands.run_export(**given)
+
+
+@command.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--seed", default=0, show_default=True, help="Of the starting noise, torch's for the same seed.")
+@click.option("--runtime", default="auto", show_default=True, help="auto, coreml, onnxruntime or executorch.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("image.png"), show_default=True, help="The picture.")
+@click.option("--low-memory", is_flag=True, help="One component in memory at a time.")
+@click.option("--threads", type=int, help="Threads of the runtime [its own choice].")
+def generate(**given: Any) -> None:
+    """Draws a picture from a bundle alone."""
+    from export import commands
+
+    commands.run_generate(**given)
+
+
+@command.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--runtime", "runtimes", multiple=True, help="Only these runtimes [one for each format].")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the report as JSON.")
+@click.option("--low-memory", is_flag=True, help="One component in memory at a time.")
+def verify(**given: Any) -> None:
+    """Checks every file, then runs and compares every artifact; exit 1 where something is not as it should be."""
+    from export import commands
+
+    commands.run_verify(**given)
+
+
+@command.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def inspect(bundle: Path) -> None:
+    """Says what a bundle holds."""
+    from export import commands
+
+    commands.run_inspect(bundle)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command; bad input is one clear line and exit code 2."""
+    try:
+        command.main(args=args, prog_name="export-flash", standalone_mode=False)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("stopped; nothing half-made was left", 130)
+    except Exception as error:
+        from export.errors import UserError
+        from runtimes.bundle import BundleError
+        from runtimes.graph import GraphError
+
+        if not isinstance(error, (UserError, BundleError, GraphError)):
+            raise
+        _fail(str(error), 2)
+
+
+def _fail(message: str, code: int) -> None:
+    for line in message.splitlines():
+        click.echo(f"export-flash: {line}", err=True)
+    sys.exit(code)

@@ -1,0 +1,164 @@
+"""How each weight is stored: a scheme for one tensor, a recipe for a model, and the rule that plans one from shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from export.compression.stored import packed_bytes
+
+# Below this a tensor's bytes do not matter and its error does.
+SMALL = 4096
+# Modules through which everything enters or leaves, by the names they carry in diffusers and transformers.
+FIRST_AND_LAST = frozenset({"pos_embed", "proj_out", "conv_in", "conv_out", "text_projection"})
+# By the time a graph is converted these are no look-up and no product: positions are sliced and added, and what the conditioner
+# makes of its constant timesteps is computed in advance, so that there is no weight left to compress.
+FOLDED = frozenset({"position_embedding", "timestep_embedder"})
+
+
+@dataclass(frozen=True)
+class FloatScheme:
+    """Floating point of 16 or 32 bits."""
+
+    bits: int = 16
+
+
+@dataclass(frozen=True)
+class PaletteScheme:
+    """A palette of 2**bits entries for the tensor, or for every `group` rows of axis 0."""
+
+    bits: int
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class IntegerScheme:
+    """Symmetric integers with a scale for every `block` inputs (None: one an output channel)."""
+
+    bits: int
+    block: int | None = None
+    bfloat16_scales: bool = False
+
+
+Scheme = FloatScheme | PaletteScheme | IntegerScheme
+Recipe = Mapping[str, Scheme]
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """What a scheme is chosen from: no values. kind: "linear", "conv", "embedding" (of tokens) or "other" (norms, biases,
+    and what is folded)."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def row(self) -> int:
+        """Inputs of one output: all axes after the first."""
+        return self.count // self.shape[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The schemes that each weight may have, from few to many bytes. Where there are several, `mean_bits` is what the whole
+    component may spend a weight (0 where nothing is left to choose); `allocation.recipe` chooses."""
+
+    weights: tuple[WeightInfo, ...]
+    candidates: Mapping[str, tuple[Scheme, ...]]
+    mean_bits: float = 0.0
+    settled: Recipe = field(init=False)
+
+    def __post_init__(self) -> None:
+        chosen = {name: schemes[0] for name, schemes in self.candidates.items() if len(schemes) == 1}
+        object.__setattr__(self, "settled", chosen)
+
+    def expected_bytes(self) -> int:
+        """Bytes of the stored weights, from shapes alone; at most `mean_bits` a weight where there is a choice."""
+        least = sum(stored_bytes(self.candidates[weight.name][0], weight.shape) for weight in self.weights)
+        if len(self.settled) == len(self.candidates):
+            return least
+        return max(least, int(self.mean_bits * sum(weight.count for weight in self.weights) / 8))
+
+
+def weight_infos(module: nn.Module) -> tuple[WeightInfo, ...]:
+    """Every parameter of a module (which may be on the meta device) in its own order."""
+    kinds = {nn.Linear: "linear", nn.Conv2d: "conv", nn.Embedding: "embedding"}
+    owners = {id(child.weight): kinds[type(child)] for name, child in module.named_modules()
+              if type(child) in kinds and FOLDED.isdisjoint(name.split("."))}
+    return tuple(WeightInfo(name, tuple(parameter.shape), owners.get(id(parameter), "other"))
+                 for name, parameter in module.named_parameters())
+
+
+def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    """Bytes of a stored weight, equal to `StoredWeight.nbytes`."""
+    count = math.prod(shape)
+    if isinstance(scheme, FloatScheme):
+        return count * scheme.bits // 8
+    if isinstance(scheme, PaletteScheme):
+        groups = shape[0] // scheme.group if scheme.group else 1
+        return packed_bytes(count, scheme.bits) + groups * (2 << scheme.bits)
+    scales = count // scheme.block if scheme.block else shape[0]
+    return packed_bytes(count, scheme.bits) + scales * (2 if scheme.bfloat16_scales else 4)
+
+
+def plan(weights: Iterable[WeightInfo], backend: str, bits: int) -> Plan:
+    """The first-form plan of a component for a format ("coreml", "onnx", "executorch") at --bits 16, 8 or 6."""
+    infos = tuple(weights)
+    choose = {"coreml": _coreml, "onnx": _onnx, "executorch": _executorch}[backend]
+    candidates = {info.name: choose(info, bits) for info in infos}
+    mixed = any(len(schemes) > 1 for schemes in candidates.values())
+    return Plan(infos, candidates, float(bits) if mixed else 0.0)
+
+
+def _is_kept(info: WeightInfo) -> bool:
+    return info.kind == "other" or info.count < SMALL
+
+
+def _is_first_or_last(info: WeightInfo) -> bool:
+    return not FIRST_AND_LAST.isdisjoint(info.name.split("."))
+
+
+def _coreml(info: WeightInfo, bits: int) -> tuple[Scheme, ...]:
+    if bits == 16 or _is_kept(info) or (bits == 8 and _is_first_or_last(info)):
+        return (FloatScheme(16),)
+    return (PaletteScheme(8 if _is_first_or_last(info) else bits),)
+
+
+def _onnx(info: WeightInfo, bits: int) -> tuple[Scheme, ...]:
+    if info.count < SMALL:
+        return (FloatScheme(32),)
+    if bits == 16 or _is_kept(info) or (bits == 8 and _is_first_or_last(info)):
+        return (FloatScheme(16),)
+    if info.kind == "linear":
+        eight = _blocks(info, 8, (128, 64, 32, 16))
+        four = _blocks(info, 4, (32, 16))
+        if not eight or not four:
+            return (FloatScheme(16),)
+        return (four, eight) if bits == 6 and not _is_first_or_last(info) else (eight,)
+    return (IntegerScheme(8),)  # convolutions per output channel, embeddings per row
+
+
+def _executorch(info: WeightInfo, bits: int) -> tuple[Scheme, ...]:
+    # XNNPACK takes no float16 weights beside float32 activations: what is not integer is stored as float32.
+    if bits == 16 or _is_kept(info) or info.kind == "conv" or (bits == 8 and _is_first_or_last(info)):
+        return (FloatScheme(32),)
+    eight = IntegerScheme(8)
+    if info.kind == "linear" and bits == 6 and not _is_first_or_last(info):
+        four = _blocks(info, 4, (32,), bfloat16_scales=True)
+        if four:
+            return (four, eight)
+    return (eight,)
+
+
+def _blocks(info: WeightInfo, bits: int, sizes: tuple[int, ...], bfloat16_scales: bool = False) -> IntegerScheme | None:
+    """The first block size that divides the width, or None."""
+    fitting = [size for size in sizes if info.row % size == 0]
+    return IntegerScheme(bits, fitting[0], bfloat16_scales) if fitting else None

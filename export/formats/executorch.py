@@ -1,0 +1,215 @@
+"""ExecuTorch: one .pte a component, lowered to XNNPACK.
+
+Linears of 8 bits are 8da8w (one scale an output channel), of 4 bits 8da4w (groups of 32): XNNPACK rounds their inputs to 8
+bits, with a scale and a zero point a token, and multiplies integers. That rounding is part of `reference`. Token embeddings of
+8 bits are gathered as int8 rows by portable operations. Everything else is stored and computed in float32: XNNPACK has no
+float16 weights beside float32 activations, the CPU kernel's float16 layer norm is wrong from width 256, and weight-only
+integers lower without an error and compute something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from export.compression.compress import mean_bits, with_stored, with_tensors
+from export.compression.schemes import FloatScheme, PaletteScheme, Scheme, WeightInfo, weight_infos
+from export.compression.stored import IntegerWeight, StoredWeight
+from export.errors import UserError
+from export.formats.format import Artifact, EmitOptions, artifact_files, export_graph
+from runtimes.executorch import CONTRACT_METHOD
+from runtimes.graph import TensorSpec
+from runtimes.quiet import quiet
+
+with quiet():  # torchao names every compiled extension that it cannot load
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+if TYPE_CHECKING:
+    from export.components.component import Component
+
+GROUP = 32
+_TARGET_DTYPES = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class ExecuTorchFormat:
+    """`<component>.pte` for the XNNPACK backend."""
+
+    name: str = "executorch"
+
+    def refuse(self, component: Component, schemes: Mapping[str, Scheme], options: EmitOptions) -> list[str]:
+        infos = {info.name: info for info in weight_infos(component.blank())}
+        reasons: dict[str, None] = {}
+        for name, scheme in schemes.items():
+            if name not in infos:
+                reasons[f"{component.name} has no weight {name}; the recipe belongs to another model"] = None
+            elif reason := _refuse_scheme(f"{component.name}.{name}", infos[name], scheme):
+                reasons[reason] = None
+        return list(reasons)
+
+    def reference(self, module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
+        """Decompressed weights, and the inputs of integer linears rounded to 8 bits a token."""
+        reference = with_stored(module, stored)
+        for name, weight in stored.items():
+            owner = _owner(reference, name)
+            if isinstance(weight, IntegerWeight) and isinstance(owner, nn.Linear):
+                owner.register_forward_pre_hook(_round_input)
+        return reference
+
+    def emit(self, component: Component, module: nn.Module, stored: Mapping[str, StoredWeight], folder: Path,
+             options: EmitOptions) -> list[Artifact]:
+        exported = export_graph(component, _lowerable(module, stored))
+        edge = to_edge_transform_and_lower(
+            exported,
+            partitioner=[XnnpackPartitioner()],
+            constant_methods={CONTRACT_METHOD: _contract(component)},
+        )
+        delegated = delegated_share(edge.exported_program().graph_module)
+        path = folder / f"{component.name}.pte"
+        with path.open("wb") as file:
+            edge.to_executorch().write_to_file(file)
+        files, nbytes = artifact_files(path, folder)
+        details = {"backend": "xnnpack", "floats": "float32", "activations": "int8 a token before integer linears"}
+        return [Artifact(component.name, self.name, path, files, nbytes, mean_bits(stored), component.inputs, component.outputs,
+                         delegated, details)]
+
+
+def round_per_token(states: Tensor) -> Tensor:
+    """Each row (last axis) rounded to 256 levels between its minimum and maximum, 0 among them: XNNPACK's dynamic int8.
+
+    scale = (max - min) / 255 with min <= 0 <= max, zero = -128 - round(min / scale),
+    x -> (clamp(round(x / scale) + zero, -128, 127) - zero) * scale
+    """
+    low = states.amin(dim=-1, keepdim=True).clamp(max=0.0)
+    high = states.amax(dim=-1, keepdim=True).clamp(min=0.0)
+    scale = ((high - low) / 255.0).clamp(min=torch.finfo(torch.float32).eps)
+    zero = (-128.0 - torch.round(low / scale)).clamp(-128, 127)
+    return ((torch.round(states / scale) + zero).clamp(-128, 127) - zero) * scale
+
+
+def _round_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (round_per_token(inputs[0]), *inputs[1:])
+
+
+def _refuse_scheme(name: str, info: WeightInfo, scheme: Scheme) -> str | None:
+    if isinstance(scheme, PaletteScheme):
+        return f"{name}: ExecuTorch has no palettes; use 4- or 8-bit integers"
+    if isinstance(scheme, FloatScheme):
+        return None if scheme.bits == 32 else (
+            f"{name}: XNNPACK takes no float16 weights beside float32 activations, and with float16 activations the layer norm "
+            "of width 256 and more is wrong; store float32"
+        )
+    if info.kind == "conv":
+        return f"{name}: XNNPACK computes convolutions with weight-only integers wrongly; store float32"
+    if info.kind == "other":
+        return f"{name}: only linears and embeddings are stored as integers"
+    if scheme.bits == 8:
+        return None if scheme.block is None else f"{name}: 8-bit integers have one scale a row, not blocks of {scheme.block}"
+    if scheme.bits != 4:
+        return f"XNNPACK does not hold integers of {scheme.bits} bits; choose from 4, 8"
+    if info.kind == "embedding":
+        return f"{name}: embeddings are stored with 8 bits, not 4"
+    if scheme.block != GROUP or not scheme.bfloat16_scales:
+        return f"{name}: 4-bit integers come in groups of {GROUP} with bfloat16 scales"
+    return f"{name}: groups of {GROUP} do not divide its {info.row} inputs" if info.row % GROUP else None
+
+
+def _lowerable(module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
+    """A copy of the module whose integer weights are torchao tensors that hold our integers and scales."""
+    tensors: dict[str, Tensor] = {}
+    embeddings: dict[str, IntegerWeight] = {}
+    for name, weight in stored.items():
+        if not isinstance(weight, IntegerWeight):
+            tensors[name] = torch.from_numpy(weight.dequantize())
+        elif isinstance(_owner(module, name), nn.Linear):
+            tensors[name] = _dynamic(weight)
+        elif isinstance(_owner(module, name), nn.Embedding):
+            embeddings[name] = weight
+        else:
+            raise UserError(f"{name} is no linear or embedding; ExecuTorch stores it as float32")
+    copy = with_tensors(module, tensors)
+    for name, weight in embeddings.items():
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        setattr(copy.get_submodule(parent), child, IntegerEmbedding(weight))
+    return copy
+
+
+def _dynamic(weight: IntegerWeight) -> Tensor:
+    """Our integers and scales as the tensor that lowers to a linear with dynamically rounded inputs."""
+    scales = torch.from_numpy(weight.scales)
+    return IntxUnpackedToInt8Tensor(
+        qdata=torch.from_numpy(weight.ints),
+        scale=scales,
+        zero_point=torch.zeros_like(scales, dtype=torch.int8),
+        target_dtype=_TARGET_DTYPES[weight.bits],
+        block_size=(1, weight.block),
+        dtype=torch.float32,
+        activation_quantization="int8_asym_per_token",
+    )
+
+
+class IntegerEmbedding(nn.Module):
+    """ids -> rows: int8 rows and their scales are looked up, only those are widened. Portable operations alone."""
+
+    ints: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__()
+        self.register_buffer("ints", torch.from_numpy(weight.ints))
+        self.register_buffer("scales", torch.from_numpy(weight.scales))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.ints).to(torch.float32) * nn.functional.embedding(ids, self.scales)
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def _contract(component: Component) -> Tensor:
+    """Names, types and shapes as JSON bytes: a .pte itself knows its inputs by position only."""
+
+    def listed(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+        return [asdict(spec) for spec in specs]
+
+    text = json.dumps({"inputs": listed(component.inputs), "outputs": listed(component.outputs)}, sort_keys=True)
+    return torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy())
+
+
+def delegated_share(graph_module: Any) -> float:
+    """Multiply-accumulates inside delegates over all of the lowered graph; 1 where there are none at all."""
+    outside = sum(_macs(graph_module.graph))
+    inside = sum(sum(_macs(child.original_module.graph_module.graph)) for child in graph_module.children()
+                 if hasattr(child, "original_module"))
+    return inside / (inside + outside) if inside + outside else 1.0
+
+
+def _macs(graph: Graph) -> Iterator[int]:
+    """Multiply-accumulates of every matrix product and convolution of a graph."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        operation = str(getattr(node.target, "__name__", node.target))
+        if operation in ("aten.linear.default", "aten.mm.default", "aten.bmm.default", "aten.matmul.default"):
+            yield _value(node).numel() * _value(node.args[0]).shape[-1]
+        elif operation == "aten.addmm.default":
+            yield _value(node).numel() * _value(node.args[1]).shape[-1]
+        elif operation in ("aten.convolution.default", "aten.conv2d.default"):
+            weight = _value(node.args[1])
+            yield _value(node).numel() * (weight.numel() // weight.shape[0])
+
+
+def _value(node: Any) -> Tensor:
+    assert isinstance(node, Node)
+    return node.meta["val"]

@@ -1,0 +1,58 @@
+"""A checkpoint from the Hugging Face hub: only the files that an export reads, into the hub's own cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from export.errors import UserError
+from export.layout import FOLDERS, needed_files, weight_files
+
+
+def download(repository: str) -> Path:
+    """The folder of a hub model in the local cache; without a network, what lies there. Raises `UserError`."""
+    try:
+        return _download(repository)
+    except GatedRepoError as error:
+        raise UserError(
+            f"{repository} wants its licence accepted: do so on its page of the hub, then `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{repository} is neither a folder here nor a hub model (for a private one: `hf auth login`)"
+        ) from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError):
+        return _cached(repository)
+    except OSError as error:
+        raise UserError(f"{repository} cannot be downloaded ({str(error).splitlines()[0]})") from error
+
+
+def _download(repository: str) -> Path:
+    listing = sorted(file.rfilename for file in HfApi().model_info(repository).siblings or [])
+
+    def read(name: str) -> Mapping[str, Any]:
+        return json.loads(Path(hf_hub_download(repository, name)).read_text(encoding="utf-8"))
+
+    weights = [file for folder in FOLDERS for file in weight_files(listing, folder, repository, read)]
+    # By branch, not by commit: only so does the cache note which commit to give without a network.
+    return Path(snapshot_download(repository, allow_patterns=[*needed_files(listing), *weights]))
+
+
+def _cached(repository: str) -> Path:
+    try:
+        return Path(snapshot_download(repository, local_files_only=True, allow_patterns=["model_index.json"]))
+    except LocalEntryNotFoundError as error:
+        reason = "no such folder here, the hub cannot be reached, and its cache lacks this model"
+        raise UserError(f"{repository}: {reason}; give a folder, or run once with a network") from error

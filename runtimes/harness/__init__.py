@@ -1,0 +1,1 @@
+"""Measurements of a finished bundle: parity with the original model (later: latency and cost)."""

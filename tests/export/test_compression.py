@@ -1,0 +1,132 @@
+"""Plans, the choice under a budget, and carrying a recipe out, on real components."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.components.component import Component
+from export.compression import allocation, schemes
+from export.compression.compress import compress, mean_bits, store, with_stored
+from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, Scheme
+from export.errors import UserError
+from tests.export.small_components import conditioner, decoder, encoder, seeded, stored_by_plan
+
+BACKENDS = ("coreml", "onnx", "executorch")
+
+
+@pytest.mark.parametrize("make", [encoder, decoder])
+@pytest.mark.parametrize("bits", [16, 6])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expected_bytes_from_shapes_bound_what_is_stored(backend: str, bits: int, make: Callable[[], Component]) -> None:
+    component = make()
+    module = seeded(component)
+    plan = schemes.plan(schemes.weight_infos(component.blank()), backend, bits)
+    stored = compress(module, allocation.recipe(plan, module))
+    total = sum(weight.nbytes for weight in stored.values())
+    assert set(stored) == {name for name, _ in module.named_parameters()}
+    assert total <= plan.expected_bytes()
+    if len(plan.settled) == len(plan.candidates):
+        assert total == plan.expected_bytes()
+
+
+@pytest.mark.parametrize("backend", ("onnx", "executorch"))
+def test_six_bits_on_android_mix_four_and_eight_within_the_mean(backend: str) -> None:
+    component = encoder()
+    module = seeded(component)
+    infos = schemes.weight_infos(component.blank())
+    plan = schemes.plan(infos, backend, 6)
+    least = sum(schemes.stored_bytes(plan.candidates[info.name][0], info.shape) for info in infos)
+    stored = compress(module, allocation.recipe(plan, module))
+    assert mean_bits(stored) <= max(6.0, 8 * least / sum(info.count for info in infos))
+
+
+def test_small_first_and_last_tensors_stay_at_higher_precision() -> None:
+    infos = schemes.weight_infos(decoder().blank())
+    eight = schemes.plan(infos, "coreml", 8).settled
+    six = schemes.plan(infos, "coreml", 6).settled
+    assert eight["decoder.up_blocks.0.resnets.0.conv1.weight"] == PaletteScheme(8)
+    assert six["decoder.up_blocks.0.resnets.0.conv1.weight"] == PaletteScheme(6)
+    for name in ("decoder.conv_out.weight", "decoder.conv_norm_out.weight", "decoder.conv_in.bias"):
+        assert eight[name] == six[name] == FloatScheme(16)
+    text = schemes.weight_infos(encoder().blank())
+    assert schemes.plan(text, "coreml", 8).settled["text_projection.weight"] == FloatScheme(16)
+    assert schemes.plan(text, "coreml", 6).settled["text_projection.weight"] == PaletteScheme(8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_conversion_folds_into_constants_stay_floating_point(backend: str) -> None:
+    settled = schemes.plan(schemes.weight_infos(conditioner().blank()), backend, 6).settled
+    assert isinstance(settled["time_text_embed.timestep_embedder.linear_1.weight"], FloatScheme)
+    positions = schemes.plan(schemes.weight_infos(encoder().blank()), backend, 6).settled
+    assert isinstance(positions["text_model.embeddings.position_embedding.weight"], FloatScheme)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from([FloatScheme(16), FloatScheme(32), PaletteScheme(3), PaletteScheme(6, 4), IntegerScheme(8),
+                        IntegerScheme(4, 16), IntegerScheme(4, 16, True)]),
+       st.integers(1, 4), st.integers(1, 4))
+def test_bytes_by_shape_equal_bytes_of_the_stored_weight(scheme: Scheme, rows: int, columns: int) -> None:
+    values = np.random.default_rng(0).standard_normal((4 * rows, 16 * columns)).astype(np.float32)
+    assert schemes.stored_bytes(scheme, values.shape) == store("w", values, scheme).nbytes
+
+
+def test_allocation_spends_its_budget_where_it_helps_most() -> None:
+    def ladder(loss: float) -> list[allocation.Candidate]:
+        return [allocation.Candidate(IntegerScheme(4, 32), 50, loss), allocation.Candidate(IntegerScheme(8), 100, loss / 100)]
+
+    candidates = {"calm": ladder(1.0), "loud": ladder(9.0), "middle": ladder(4.0)}
+    assert allocation.allocate(candidates, 0) == dict.fromkeys(candidates, IntegerScheme(4, 32))
+    chosen = allocation.allocate(candidates, 250)
+    assert {name for name, scheme in chosen.items() if scheme == IntegerScheme(8)} == {"loud", "middle"}
+    assert allocation.allocate(candidates, 300) == dict.fromkeys(candidates, IntegerScheme(8))
+
+
+def test_compressed_reference_holds_the_decompressed_weights_and_shares_the_rest() -> None:
+    module = seeded(encoder())
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    stored = compress(module, {name: PaletteScheme(2)})
+    reference = with_stored(module, stored)
+    np.testing.assert_array_equal(reference.get_parameter(name).numpy(), stored[name].dequantize())
+    assert len(torch.unique(reference.get_parameter(name))) == 4
+    assert len(torch.unique(module.get_parameter(name))) > 4
+    other = "text_model.encoder.layers.1.mlp.fc1.weight"
+    assert reference.get_parameter(other).data_ptr() == module.get_parameter(other).data_ptr()
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_every_tensor_is_reported_as_it_is_stored() -> None:
+    seen: list[str] = []
+    module = seeded(encoder())
+    recipe = {name: FloatScheme(16) for name, _ in module.named_parameters()}
+    compress(module, recipe, seen.append)
+    assert seen == list(recipe)
+
+
+def test_damaged_weights_and_foreign_recipes_are_refused_by_name() -> None:
+    module = seeded(encoder())
+    with pytest.raises(UserError, match=r"the recipe names blocks\.9\.weight, which the model does not have"):
+        compress(module, {"blocks.9.weight": FloatScheme(16)})
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    with pytest.raises(UserError, match=f"{name}.*blocks of 48 do not divide 64 inputs"):
+        compress(module, {name: IntegerScheme(4, 48)})
+    module.get_parameter(name)[0, 0] = 1e6
+    with pytest.raises(UserError, match=rf"{name} holds 1e\+06, more than float16 can"):
+        compress(module, {name: PaletteScheme(6)})
+    module.get_parameter(name)[0, 0] = float("nan")
+    with pytest.raises(UserError, match=f"{name} holds NaN"):
+        compress(module, {name: PaletteScheme(6)})
+
+
+def test_six_bit_palettes_keep_thirty_decibels_of_a_weight() -> None:
+    component = encoder()
+    module = seeded(component)
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    weight = stored_by_plan(component, module, "coreml", 6)[name]
+    original = module.get_parameter(name).numpy()
+    assert np.square(weight.dequantize() - original).sum() <= 1e-3 * np.square(original).sum()

@@ -1,0 +1,206 @@
+"""Core ML packages: palettes bit by bit, lowering parity through the executor, identical bytes, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import coremltools as ct
+import numpy as np
+import pytest
+import torch
+from coremltools.converters.mil.frontend.milproto.load import load as load_program
+from torch import Tensor, nn
+
+from export.components.component import Component
+from export.compression.compress import compress
+from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, Scheme
+from export.compression.stored import PaletteWeight
+from export.errors import UserError
+from export.formats.coreml import CoreMLFormat
+from export.formats.format import EmitOptions
+from runtimes.coreml import load_executor
+from runtimes.graph import TensorSpec
+from tests.export.small_components import (
+    conditioner,
+    decoder,
+    denoiser,
+    encoder,
+    encoder_with_all_states,
+    real_inputs,
+    run,
+    seeded,
+    stored_by_plan,
+    worst_psnr,
+)
+
+FORMAT = CoreMLFormat()
+IOS17, IOS18 = EmitOptions("iOS17", "someone", "some licence", "1"), EmitOptions("iOS18")
+
+
+def decompressed(path: Path, target: ct.target) -> dict[str, np.ndarray]:
+    """Every palettized constant of a package, as coremltools itself decompresses it."""
+    spec = ct.models.MLModel(str(path), skip_model_load=True).get_spec()
+    program = load_program(spec, target.value, str(path / "Data/com.apple.CoreML/weights"))
+    constants = program.functions["main"].find_ops(op_type="constexpr_lut_to_dense")
+    return {op.outputs[0].name: op.materialized_val_inference() for op in constants}
+
+
+@pytest.mark.parametrize(("options", "target", "scheme"), [
+    (IOS17, ct.target.iOS17, PaletteScheme(4)),
+    (IOS18, ct.target.iOS18, PaletteScheme(3, 16)),
+])
+def test_packages_hold_our_palettes_bit_by_bit(options: EmitOptions, target: ct.target, scheme: Scheme, tmp_path: Path) -> None:
+    component = encoder()
+    module = seeded(component)
+    names = ["text_model.encoder.layers.0.mlp.fc1.weight", "text_model.encoder.layers.1.self_attn.q_proj.weight",
+             "text_projection.weight"]
+    stored = compress(module, dict.fromkeys(names, scheme))
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, options)
+    found = decompressed(artifact.path, target)
+    assert len(found) == len(names)
+    for name in names:
+        (value,) = [value for key, value in found.items() if name.replace(".", "_") in key]
+        weight = stored[name]
+        assert isinstance(weight, PaletteWeight)
+        np.testing.assert_array_equal(value, weight.dense())
+
+
+@pytest.mark.parametrize(("bits", "options", "floor"), [(16, IOS17, 45), (6, IOS17, 40), (6, IOS18, 40)])
+def test_text_encoder_equals_its_compressed_reference(bits: int, options: EmitOptions, floor: float, tmp_path: Path) -> None:
+    component = encoder()
+    module = seeded(component)
+    stored = stored_by_plan(component, module, "coreml", bits)
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, options)
+    graph = load_executor(artifact.path)
+    assert (graph.inputs, graph.outputs) == (component.inputs, component.outputs)
+    inputs = real_inputs(component)
+    assert worst_psnr(run(component, FORMAT.reference(module, stored), inputs), graph(inputs)) >= floor
+    assert artifact.nbytes < sum(weight.nbytes for weight in stored.values()) + 120_000
+
+
+@pytest.mark.parametrize("make", [denoiser, conditioner])
+def test_transformer_and_conditioner_equal_their_compressed_references(make: Callable[[], Component], tmp_path: Path) -> None:
+    component = make()
+    module = seeded(component)
+    stored = stored_by_plan(component, module, "coreml", 6)
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, IOS17)
+    graph = load_executor(artifact.path)
+    inputs = real_inputs(component)
+    assert worst_psnr(run(component, FORMAT.reference(module, stored), inputs), graph(inputs)) >= 40
+
+
+def test_image_decoder_equals_its_compressed_reference(tmp_path: Path) -> None:
+    component = decoder()
+    module = seeded(component)
+    stored = stored_by_plan(component, module, "coreml", 6)
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, IOS17)
+    inputs = real_inputs(component)
+    assert worst_psnr(run(component, FORMAT.reference(module, stored), inputs), load_executor(artifact.path)(inputs)) >= 40
+
+
+class _GroupNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 8, eps=1e-6)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        return (self.norm(states),)
+
+
+def test_group_norm_does_not_overflow_on_activations_whose_squares_do(tmp_path: Path) -> None:
+    shape = (1, 8, 6, 4)
+    specs = [(TensorSpec(name, "float32", shape),) for name in ("x", "y")]
+    component = Component("norm", "norm", *specs, _GroupNorm)
+    module = seeded(component)
+    stored = compress(module, {name: FloatScheme(16) for name, _ in module.named_parameters()})
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, IOS17)
+    inputs = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32) * 3000}
+    assert worst_psnr(run(component, FORMAT.reference(module, stored), inputs), load_executor(artifact.path)(inputs)) >= 45
+
+
+class _Alias(nn.Module):
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.aten.alias.default(states * 2), torch.ops.aten.alias.default(states) + 1
+
+
+def test_alias_operations_are_taken_out(tmp_path: Path) -> None:
+    specs = [TensorSpec(name, "float32", (2, 3)) for name in ("x", "double", "more")]
+    component = Component("alias", "alias", tuple(specs[:1]), tuple(specs[1:]), _Alias)
+    (artifact,) = FORMAT.emit(component, _Alias(), {}, tmp_path, IOS17)
+    inputs = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    outputs = load_executor(artifact.path)(inputs)
+    np.testing.assert_array_equal(outputs["double"], 2 * inputs["x"])
+    np.testing.assert_array_equal(outputs["more"], inputs["x"] + 1)
+
+
+class _Transposed(nn.Module):
+    """Uses its weight as [in, out], which conversion stores the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(32, 48).normal_())
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        return (states @ self.weight,)
+
+
+@pytest.mark.parametrize(("options", "target", "scheme"), [
+    (IOS17, ct.target.iOS17, PaletteScheme(6)),
+    (IOS18, ct.target.iOS18, PaletteScheme(4, 8)),
+])
+def test_weights_that_conversion_transposes_and_renames_are_followed(options: EmitOptions, target: ct.target, scheme: Scheme,
+                                                                     tmp_path: Path) -> None:
+    component = Component("product", "product", (TensorSpec("x", "float32", (1, 5, 32)),),
+                          (TensorSpec("y", "float32", (1, 5, 48)),), _Transposed)
+    module = seeded(component)
+    stored = compress(module, {"weight": scheme})
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, options)
+    (value,) = decompressed(artifact.path, target).values()
+    np.testing.assert_array_equal(value, stored["weight"].dequantize().T)
+
+
+def test_a_weight_that_the_program_does_not_hold_is_an_error_naming_it(tmp_path: Path) -> None:
+    class Folded(_Transposed):
+        def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+            return (states @ (self.weight * 2 + 1),)
+
+    component = Component("product", "product", (TensorSpec("x", "float32", (1, 5, 32)),),
+                          (TensorSpec("y", "float32", (1, 5, 48)),), Folded)
+    module = seeded(component)
+    with pytest.raises(UserError, match="product: the converted Core ML program does not hold weight"):
+        FORMAT.emit(component, module, compress(module, {"weight": PaletteScheme(6)}), tmp_path, IOS17)
+
+
+def test_two_exports_are_identical_described_and_name_no_folder(tmp_path: Path) -> None:
+    component = encoder()
+    module = seeded(component)
+    stored = stored_by_plan(component, module, "coreml", 6)
+    contents = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        (artifact,) = FORMAT.emit(component, module, stored, tmp_path / folder, IOS17)
+        contents.append({name: (tmp_path / folder / name).read_bytes() for name in artifact.files})
+    assert contents[0] == contents[1]
+    description = ct.models.MLModel(str(artifact.path), skip_model_load=True).get_spec().description
+    assert all(feature.shortDescription for feature in (*description.input, *description.output))
+    assert (description.metadata.author, description.metadata.license) == ("someone", "some licence")
+    assert not any(str(Path(__file__).parents[2]).encode() in content for content in contents[0].values())
+
+
+def test_what_core_ml_cannot_hold_is_refused_from_shapes_alone() -> None:
+    component = encoder()
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+
+    def reasons(scheme: Scheme, options: EmitOptions = IOS17) -> list[str]:
+        return FORMAT.refuse(component, {name: scheme}, options)
+
+    assert reasons(PaletteScheme(5)) == ["--bits 5 is not a Core ML palette size; choose from 1, 2, 3, 4, 6, 8"]
+    assert "need --deployment-target iOS18" in reasons(PaletteScheme(3))[0]
+    assert "need --deployment-target iOS18" in reasons(PaletteScheme(4, 16))[0]
+    assert "groups of 48 channels do not divide 128" in reasons(PaletteScheme(4, 48), IOS18)[0]
+    assert "not 8-bit integers" in reasons(IntegerScheme(8))[0]
+    assert "not float32" in reasons(FloatScheme(32))[0]
+    assert "choose from iOS17, iOS18" in reasons(FloatScheme(16), EmitOptions("iOS12"))[0]
+    assert not reasons(PaletteScheme(3, 16), IOS18)
+    assert "--contract flash" in FORMAT.refuse(encoder_with_all_states(), {}, IOS17)[0]

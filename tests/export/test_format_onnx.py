@@ -1,0 +1,139 @@
+"""ONNX artifacts: lowering parity against the compressed reference, what is stored, identical bytes, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export.components.component import Component
+from export.compression.compress import compress
+from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, weight_infos
+from export.compression.stored import IntegerWeight
+from export.errors import UserError
+from export.formats.format import EmitOptions
+from export.formats.onnx import OnnxFormat
+from runtimes.onnx import load
+from tests.export.small_components import (
+    conditioner,
+    decoder,
+    denoiser,
+    encoder,
+    encoder_with_all_states,
+    real_inputs,
+    run,
+    seeded,
+    stored_by_plan,
+    worst_psnr,
+)
+
+FORMAT, OPTIONS = OnnxFormat(), EmitOptions()
+
+
+def operations(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 6])
+def test_text_encoder_equals_its_compressed_reference(bits: int, tmp_path: Path) -> None:
+    component = encoder()
+    module = seeded(component)
+    stored = stored_by_plan(component, module, "onnx", bits)
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, OPTIONS)
+    graph = load(artifact.path, threads=1)
+    assert (graph.inputs, graph.outputs) == (component.inputs, component.outputs)
+    inputs = real_inputs(component)
+    reference = run(component, FORMAT.reference(module, stored), inputs)
+    assert worst_psnr(reference, graph(inputs)) >= 100
+    assert artifact.nbytes == sum((tmp_path / name).stat().st_size for name in artifact.files)
+    # Beside the weights there are only masks and the graph itself.
+    assert artifact.nbytes < sum(weight.nbytes for weight in stored.values()) + 40_000
+    assert ("MatMulNBits" in operations(artifact.path)) == (bits != 16)
+
+
+@pytest.mark.parametrize("make", [denoiser, conditioner])
+def test_transformer_and_conditioner_equal_their_compressed_references(make: Callable[[], Component], tmp_path: Path) -> None:
+    component = make()
+    module = seeded(component)
+    stored = stored_by_plan(component, module, "onnx", 6)
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, OPTIONS)
+    graph = load(artifact.path, threads=1)
+    inputs = real_inputs(component)
+    assert worst_psnr(run(component, FORMAT.reference(module, stored), inputs), graph(inputs)) >= 80
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_image_decoder_equals_its_compressed_reference(bits: int, tmp_path: Path) -> None:
+    component = decoder()
+    module = seeded(component)
+    stored = stored_by_plan(component, module, "onnx", bits)
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, OPTIONS)
+    inputs = real_inputs(component)
+    reference = run(component, FORMAT.reference(module, stored), inputs)
+    assert worst_psnr(reference, load(artifact.path, threads=1)(inputs)) >= 80
+    assert ("DequantizeLinear" in operations(artifact.path)) == (bits == 8)
+
+
+def test_every_output_of_the_diffusers_contract_keeps_its_name_and_place(tmp_path: Path) -> None:
+    component = encoder_with_all_states()
+    module = seeded(component)
+    (artifact,) = FORMAT.emit(component, module, stored_by_plan(component, module, "onnx", 8), tmp_path, OPTIONS)
+    graph = load(artifact.path, threads=1)
+    assert (graph.inputs, graph.outputs) == (component.inputs, component.outputs)
+    assert [spec.name for spec in graph.outputs][:3] == ["text_embeds", "last_hidden_state", "hidden_states.0"]
+
+
+def test_integers_in_the_file_are_the_stored_ones(tmp_path: Path) -> None:
+    component = encoder()
+    module = seeded(component)
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    stored = compress(module, {name: IntegerScheme(4, 32)})
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, OPTIONS)
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(str(artifact.path)).graph.initializer}
+    packed = constants[f"{name}.ints"].reshape(-1)
+    weight = stored[name]
+    assert isinstance(weight, IntegerWeight)
+    unpacked = np.stack([packed & 15, packed >> 4], axis=1).reshape(weight.shape).astype(np.int16) - 8
+    np.testing.assert_array_equal(unpacked, weight.ints)
+    np.testing.assert_array_equal(constants[f"{name}.scales"], weight.scales)
+
+
+def test_two_exports_are_identical_and_name_no_folder(tmp_path: Path) -> None:
+    component = encoder()
+    module = seeded(component)
+    stored = stored_by_plan(component, module, "onnx", 8)
+    contents = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        (artifact,) = FORMAT.emit(component, module, stored, tmp_path / folder, OPTIONS)
+        contents.append({name: (tmp_path / folder / name).read_bytes() for name in artifact.files})
+    assert contents[0] == contents[1]
+    assert str(Path(__file__).parents[2]).encode() not in contents[0]["text_encoder/model.onnx"]
+
+
+def test_an_integer_weight_that_feeds_no_product_is_an_error_naming_it(tmp_path: Path) -> None:
+    component = encoder()
+    module = seeded(component)
+    name = "text_model.embeddings.position_embedding.weight"
+    with pytest.raises(UserError, match=f"{name} feeds Add, which takes no integers|{name} feeds Slice"):
+        FORMAT.emit(component, module, compress(module, {name: IntegerScheme(8)}), tmp_path, OPTIONS)
+
+
+def test_what_onnx_runtime_cannot_hold_is_refused_from_shapes_alone() -> None:
+    component = encoder()
+    linear, table = "text_model.encoder.layers.0.mlp.fc1.weight", "text_model.embeddings.token_embedding.weight"
+
+    def reasons(name: str, scheme: FloatScheme | IntegerScheme | PaletteScheme) -> list[str]:
+        return FORMAT.refuse(component, {name: scheme}, OPTIONS)
+
+    assert reasons(linear, IntegerScheme(6, 32)) == ["MatMulNBits does not hold 6 bits; choose from 4, 8"]
+    assert "no blocks of None" in reasons(linear, IntegerScheme(8))[0]
+    assert "blocks of 128 do not divide its 64 inputs" in reasons(linear, IntegerScheme(8, 128))[0]
+    assert "no palettes" in reasons(linear, PaletteScheme(6))[0]
+    assert "8-bit integers with one scale a row" in reasons(table, IntegerScheme(4, 32))[0]
+    assert "only linears" in reasons("text_model.final_layer_norm.weight", IntegerScheme(8))[0]
+    assert "another model" in reasons("blocks.0.weight", FloatScheme(16))[0]
+    assert not FORMAT.refuse(component, {info.name: FloatScheme(16) for info in weight_infos(component.blank())}, OPTIONS)
