@@ -14,7 +14,7 @@ class Commands(click.Group):
     """`export-flash --target ...` exports; `export-flash generate|verify|inspect ...` work on a bundle."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+        if args and args[0].startswith("-") and args[0] not in ("--help", "-h", "--version"):
             args = ["export", *args]
         return super().parse_args(ctx, args)
 

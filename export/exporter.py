@@ -16,6 +16,7 @@ from export.compression.allocation import recipe
 from export.compression.compress import compress
 from export.compression.stored import IntegerWeight, StoredWeight
 from export.describing import component_entry, make_manifest, scheme_uses
+from export.diffusers_layout import write_layout
 from export.formats.format import Format
 from export.planning import ExportPlan, Part
 from export.progress import Progress
@@ -57,6 +58,9 @@ def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
         drawings = _draw(plan, progress)
         made = _components(folder, plan, tokenizers, drawings, progress)
         _copy_texts(folder, plan, tokenizers)
+        others = _pictures(folder, drawings)
+        if plan.graph.contract == "diffusers" and any(format.name == "onnx" for format in plan.formats):
+            others = (*others, *write_layout(folder, plan.checkpoint))
         cases = {part.name: made[part.name].cases for part in plan.parts if part.name in plan.exported}
         manifest = make_manifest(
             folder,
@@ -66,11 +70,10 @@ def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
             write_golden(folder, cases, drawings),
             fingerprint,
             tokenizers,
-            _pictures(folder, drawings),
+            others,
         )
         write_manifest(folder, manifest)
         report = _verify(folder, manifest, progress)
-        others = manifest.other_files
         if report.passed and plan.exported == {part.name for part in plan.parts}:
             others = (*others, *_drawn_pictures(folder, manifest, progress))
         write_manifest(folder, manifest.model_copy(update={"parity": report.to_entries(), "other_files": others}))
@@ -156,12 +159,12 @@ def _is_exact(modules: Sequence[nn.Module], stored: Sequence[Mapping[str, Stored
 
 
 def _copy_texts(folder: Path, plan: ExportPlan, tokenizers: Mapping[str, Tokenizer]) -> None:
-    """Tokenizers as phones read them (and tokenizer.json where there is one), and the checkpoint's licence."""
+    """Tokenizers as phones read them, and as transformers does, and the checkpoint's licence."""
     for name, tokenizer in tokenizers.items():
         tokenizer.save(folder / name)
-        whole = plan.checkpoint.tokenizers[name] / "tokenizer.json"
-        if whole.is_file():
-            shutil.copyfile(whole, folder / name / whole.name)
+        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):  # what transformers reads
+            if (plan.checkpoint.tokenizers[name] / file).is_file():
+                shutil.copyfile(plan.checkpoint.tokenizers[name] / file, folder / name / file)
     for path in plan.checkpoint.licence_files:
         shutil.copyfile(path, folder / path.name)
 

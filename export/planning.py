@@ -10,14 +10,13 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.components.component import Component, check_weights
 from export.compression.schemes import Plan, Scheme, plan, weight_infos
 from export.errors import UserError
+from export.families import read_family
 from export.families.family import Contract, Family, GraphOptions
-from export.families.sd3 import Sd3
 from export.formats.format import EmitOptions, Format
 from export.rewrites import Rewrites, rewrites_of
 from export.sigmas import choose_sigmas
 from export.targets import Target, choose_formats, load_format
 
-FAMILIES = {"StableDiffusion3Pipeline": Sd3.read}
 BITS = (16, 8, 6)
 
 
@@ -82,9 +81,7 @@ def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
     if bits not in BITS:
         raise UserError(_refuse_bits(bits, formats))
     checkpoint = open_checkpoint(options.model, options.tokenizer)
-    if checkpoint.pipeline not in FAMILIES:
-        raise UserError(f"{options.model} is a {checkpoint.pipeline}; this exporter knows {', '.join(FAMILIES)}")
-    family = FAMILIES[checkpoint.pipeline](checkpoint)
+    family = read_family(checkpoint)
     sigmas = choose_sigmas(checkpoint, options.steps, options.sigmas)
     width, height = options.resolution or family.default_resolution
     rewrites = options.rewrites or rewrites_of(options.contract)

@@ -1,7 +1,7 @@
 """Small whole bundles for the tests of the runtimes, with artifacts that torch itself runs.
 
-The components are the real ones on a tiny checkpoint (tests/models.py). Their artifacts are the saved modules, and the
-runtime `TORCH` runs them: so these tests depend on no exported format, and show that a new runtime is one entry.
+The components are the real ones on a tiny checkpoint (tests/models.py). Their artifacts are the modules' weights, and the
+runtime `TORCH` runs the modules: so these tests depend on no exported format, and show that a new runtime is one entry.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from export.checkpoint import Checkpoint
 from export.components.component import Component
@@ -39,14 +40,16 @@ from runtimes.tokenizer import Tokenizer
 from tests.models import Reference
 
 FORMAT = "torch"
+PARTS: dict[Path, Component] = {}  # what an artifact's weights belong to
 
 
 class TorchGraph:
-    """A component's module, saved whole."""
+    """A component's module with the weights that were saved."""
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         self.inputs, self.outputs = inputs, outputs
-        self._module = torch.load(path, weights_only=False)
+        self._module = PARTS[path].make().eval()
+        self._module.load_state_dict(load_file(path))
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         arrays = check_inputs(self.inputs, inputs)
@@ -72,7 +75,8 @@ def write_bundle(
     parts = family.components(options)
     modules = {part.name: part.load(checkpoint) for part in parts}
     for part in parts:
-        torch.save(modules[part.name], folder / f"{part.name}.pt")
+        PARTS[folder / f"{part.name}.pt"] = part
+        save_file(modules[part.name].state_dict(), folder / f"{part.name}.pt")
     names = dict.fromkeys(part.name.partition("_chunk")[0] for part in parts)
     entries = tuple(_component(folder, name, [p for p in parts if p.name.partition("_chunk")[0] == name]) for name in names)
     tokenizers = {name: Tokenizer.from_checkpoint(checkpoint.tokenizers[name]) for name in ("tokenizer", "tokenizer_2")}

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.components.activation import TanhGelu
 from export.components.attention import Attend, join_heads, split_heads
 from export.components.component import Component, Source
 from export.components.mmdit import TransformerConfig
@@ -273,9 +273,10 @@ class _LinearGelu(nn.Module):
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.proj = nn.Linear(width_in, width_out)
+        self.activation = TanhGelu()
 
     def forward(self, states: Tensor) -> Tensor:
-        return F.gelu(self.proj(states), approximate="tanh")
+        return self.activation(self.proj(states))
 
 
 def transformer(config: TransformerConfig, layout: Layout, chunks: int) -> tuple[Component, ...]:

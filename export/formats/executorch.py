@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from export.components.activation import use_spelled_gelu
 from export.compression.compress import mean_bits, with_stored, with_tensors
 from export.compression.schemes import FloatScheme, PaletteScheme, Scheme, WeightInfo, weight_infos
 from export.compression.stored import IntegerWeight, StoredWeight
@@ -141,7 +142,7 @@ def _lowerable(module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Modu
     for name, weight in embeddings.items():
         parent, _, child = name.removesuffix(".weight").rpartition(".")
         setattr(copy.get_submodule(parent), child, IntegerEmbedding(weight))
-    return copy
+    return use_spelled_gelu(copy, True)
 
 
 def _dynamic(weight: IntegerWeight) -> Tensor:

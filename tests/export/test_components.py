@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from export.checkpoint import Checkpoint, open_checkpoint
+from export.components.activation import use_spelled_gelu
 from export.components.attention import use_fused_attention
 from export.components.component import Component
 from export.components.mmdit import TransformerConfig
@@ -123,12 +124,12 @@ def test_pooling_takes_the_first_of_repeated_end_of_text_tokens(eos_token_id: in
             assert_close(module(ids)[1], original(ids.long()).text_embeds)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused and spelled"])
 @pytest.mark.parametrize(("width", "height"), SHAPES)
 def test_whole_transformer_equals_diffusers(tiny: Tiny, width: int, height: int, fused: bool) -> None:
     options = GraphOptions(width, height, SIGMAS, "diffusers", rewrites_of("diffusers"))
     part = component(tiny.family, "transformer", options)
-    module = use_fused_attention(part.load(tiny.checkpoint), fused)
+    module = use_spelled_gelu(use_fused_attention(part.load(tiny.checkpoint), fused), spelled=fused)
     torch.manual_seed(1)
     latent, prompt, pooled, _ = (torch.randn(spec.shape) for spec in part.inputs)
     for timestep in (1000.0, 602.25, 8.9):

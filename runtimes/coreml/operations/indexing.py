@@ -144,10 +144,11 @@ def _scatter_rows(rows: Tensor, places: Tensor, updates: Tensor, mode: str) -> T
         return rows.index_copy_(0, places, updates)
     if mode in ("add", "sub"):
         return rows.index_add_(0, places, updates, alpha=1 if mode == "add" else -1)
+    spread = places.unsqueeze(1).expand_as(updates)
     if mode in ("max", "min"):
-        return rows.index_reduce_(0, places, updates, "a" + mode)
+        return rows.scatter_reduce_(0, spread, updates, "a" + mode)
     if mode in ("mul", "div"):
-        factor = torch.ones_like(rows).index_reduce_(0, places, updates, "prod")
+        factor = torch.ones_like(rows).scatter_reduce_(0, spread, updates, "prod")
         return rows * factor if mode == "mul" else rows / factor
     raise ValueError(f"unknown scatter mode {mode!r}")
 
