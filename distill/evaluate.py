@@ -57,15 +57,15 @@ def evaluate(
         strips.append(np.concatenate(list(pictures[:GRID_COLUMNS]), 1))
     (run.folder / "scores.json").write_text(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=1))
     Image.fromarray(np.concatenate(strips, 0)).save(run.folder / "grid.png")
-    _print(scores)
+    _print(scores, len(cases))
     card = _card(settings, vae, student, scores, description)
     checkpoint.write(out, student, vae, text, card)
     Image.fromarray(np.concatenate(strips, 0)).save(out / "grid.png", optimize=True)
     return scores
 
 
-def _print(scores: dict[str, Score]) -> None:
-    table = Table("model", "adherence", "facts", "Frechet distance", title=f"{len(held_out())} held-out captions")
+def _print(scores: dict[str, Score], captions: int) -> None:
+    table = Table("model", "adherence", "facts", "Frechet distance", title=f"{captions} held-out captions")
     for name, score in scores.items():
         table.add_row(name, f"{score.adherence:.1%}", f"{score.facts:.1%}", f"{score.frechet:.4f}")
     Console().print(table)
@@ -84,7 +84,7 @@ def _card(
         colours=", ".join(COLOURS),
         backgrounds=", ".join(BACKGROUNDS),
         forms=len(LONE_FORMS) + len(PAIR_FORMS),
-        held_out=len(held_out()),
+        held_out=settings.evaluation_captions,
         psnr=f"{reconstruction_psnr(vae, [render(scene) for scene, _ in held_out()[:128]]):.1f}",
         settings=settings,
         student=description,
