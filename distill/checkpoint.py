@@ -50,6 +50,9 @@ def write(folder: Path, student: SD3Transformer2DModel, vae: AutoencoderKL, text
     try:
         beside.mkdir(parents=True)
         pipeline(student, vae, text, torch.float16).save_pretrained(beside, safe_serialization=True)
+        for suffix in ("", "_2"):  # transformers would load float16 where diffusers loads float32, and they would not fit
+            config = beside / f"text_encoder{suffix}" / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
         for suffix in ("", "_2"):  # phones read the plain files; transformers writes only tokenizer.json
             source = Path(text.tokenizers[0 if not suffix else 1].name_or_path)
             for name in ("vocab.json", "merges.txt"):

@@ -13,7 +13,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,7 +163,8 @@ def save_state(
         save_file(tensors, beside, metadata={"step": str(step)})
         beside.replace(path)
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         full = "No space left" in str(error)
         size = sum(t.nbytes for t in tensors.values())
         reason = f"the disk is full ({size / 1e6:.0f} MB needed)" if full else str(error)

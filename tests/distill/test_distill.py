@@ -56,13 +56,13 @@ def test_an_unknown_stage_is_one_clear_line() -> None:
     assert len(done.stderr.strip().splitlines()) == 1 and "painter" in done.stderr and "teacher" in done.stderr
 
 
-def test_a_full_disk_is_one_clear_line_and_keeps_the_last_state(tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_written_is_one_clear_line_and_keeps_the_last_one(tmp_path: Path) -> None:
     module = nn.Linear(4, 4)
     path = tmp_path / "stage.safetensors"
     save_state(path, {"module": module}, {}, 7)
     kept = path.read_bytes()
-    (tmp_path / "stage.part").symlink_to("/dev/full")
-    with pytest.raises(RunError, match="disk is full"):
+    (tmp_path / "stage.part").mkdir()
+    with pytest.raises(RunError, match=r"cannot write .*the last saved state is kept"):
         save_state(path, {"module": module}, {}, 8)
     assert path.read_bytes() == kept
 
