@@ -31,6 +31,7 @@ from runtimes.bundle import (
     chunk_feeds,
     describe_files,
     resource_hints,
+    sha256,
     write_manifest,
 )
 from runtimes.golden import Case, Drawing, write_golden
@@ -40,7 +41,7 @@ from runtimes.tokenizer import Tokenizer
 from tests.models import Reference
 
 FORMAT = "torch"
-PARTS: dict[Path, Component] = {}  # what an artifact's weights belong to
+PARTS: dict[str, Component] = {}  # what an artifact's weights belong to, by the hash of its file
 
 
 class TorchGraph:
@@ -48,7 +49,7 @@ class TorchGraph:
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         self.inputs, self.outputs = inputs, outputs
-        self._module = PARTS[path].make().eval()
+        self._module = PARTS[sha256(path)].make().eval()
         self._module.load_state_dict(load_file(path))
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -75,8 +76,9 @@ def write_bundle(
     parts = family.components(options)
     modules = {part.name: part.load(checkpoint) for part in parts}
     for part in parts:
-        PARTS[folder / f"{part.name}.pt"] = part
-        save_file(modules[part.name].state_dict(), folder / f"{part.name}.pt")
+        # Graphs of equal weights may differ in their constants, so each file is made different.
+        save_file(modules[part.name].state_dict(), folder / f"{part.name}.pt", metadata={"number": str(len(PARTS))})
+        PARTS[sha256(folder / f"{part.name}.pt")] = part
     names = dict.fromkeys(part.name.partition("_chunk")[0] for part in parts)
     entries = tuple(_component(folder, name, [p for p in parts if p.name.partition("_chunk")[0] == name]) for name in names)
     tokenizers = {name: Tokenizer.from_checkpoint(checkpoint.tokenizers[name]) for name in ("tokenizer", "tokenizer_2")}

@@ -217,8 +217,9 @@ def _run_killed_at_line(line: int, place: Path, exchange: bool) -> bool:
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
 sys.path.insert(0, {root!r})
 from export.publish import publishing
 from tests.export.test_publish import publish_one, write_bundle
