@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PROMPT ?= a large red heart in front of a blue square on a mint background
 
-.PHONY: picture test
+.PHONY: picture test optimum
 
 picture: $(VENV)/.installed
 	$(VENV)/bin/export-flash --target ios
@@ -13,6 +13,13 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
+
+# A bundle of the diffusers contract in optimum's pipeline, in an environment of its own (their pins exclude ours).
+optimum: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-optimum
+	$(VENV)-optimum/bin/pip install --quiet --disable-pip-version-check -r tests/optimum/requirements.txt
+	$(VENV)/bin/export-flash --target android --format onnx --contract diffusers --bits 16 --out bundles/optimum
+	$(VENV)-optimum/bin/python tests/optimum/draw.py bundles/optimum/android
 
 # torch first and by itself, so that the build of this machine's package index is taken as it is.
 $(VENV)/.installed: pyproject.toml

@@ -41,6 +41,8 @@ class Settings:
     matching_iterations: int = 400
     matching_batch: int = 32
     matching_rate: float = 3e-5
+    proxy_warmup: int = 200
+    proxy_rate: float = 3e-4
     proxy_steps: int = 2  # updates of the proxy for each of the student
     adversarial_weight: float = 0.02
     split_iterations: int = 120
@@ -70,6 +72,7 @@ SMOKE = Settings(
     trajectories=8,
     trajectory_steps=2,
     trajectory_batch=4,
+    proxy_warmup=2,
     matching_iterations=2,
     matching_batch=2,
     split_iterations=2,

@@ -17,8 +17,8 @@ from distill.evaluate import evaluate
 from distill.evaluation import Evaluator
 from distill.loop import Run
 from distill.settings import Settings
-from distill.student import matching, split, trajectory
-from distill.student.matching import Variant
+from distill.student import matching, proxy, split, trajectory
+from distill.student.matching import Matched, Variant
 from distill.text import TextEncoders
 
 
@@ -68,13 +68,15 @@ def _students(run: Run, settings: Settings) -> Students:
     cases = [(scene, describe(scene, rng)) for scene in islice(training_scenes(rng), settings.selection_captions)]
     selection = Evaluator(encoders, vae, cases, run.accelerator.device, seed=1)
 
-    def match(name: str, iterations: int, start: SD3Transformer2DModel, variant: Variant) -> SD3Transformer2DModel:
+    begin = Matched(guided, proxy.fit(run, settings, data, encoders, judge, guided))
+
+    def match(name: str, iterations: int, start: Matched, variant: Variant) -> Matched:
         return matching.fit(run, f"matching-{name}", settings, data, encoders, judge, start, iterations, variant)
 
-    def split_up(name: str, iterations: int, start: SD3Transformer2DModel, variant: Variant) -> SD3Transformer2DModel:
+    def split_up(name: str, iterations: int, start: Matched, variant: Variant) -> SD3Transformer2DModel:
         return split.fit(run, f"split-{name}", settings, data, encoders, judge, start, iterations, variant, selection)
 
-    matched = match("full", settings.matching_iterations, guided, Variant())
+    matched = match("full", settings.matching_iterations, begin, Variant())
     student = split_up("full", settings.split_iterations, matched, Variant())
     ablations = {"trajectory guidance only": guided}
     budget = settings.ablation_iterations
@@ -86,8 +88,8 @@ def _students(run: Run, settings: Settings) -> Students:
         }.items():
             key = "ablation-" + name.replace(" ", "-")
             # Two thirds of the budget before the split, a sixth for each copy.
-            ablations[name] = split_up(key, budget // 6, match(key, 2 * budget // 3, guided, variant), variant)
-        ablations["without split timesteps"] = match("ablation-without-split-timesteps", budget, guided, Variant())
+            ablations[name] = split_up(key, budget // 6, match(key, 2 * budget // 3, begin, variant), variant)
+        ablations["without split timesteps"] = match("ablation-without-split-timesteps", budget, begin, Variant()).student
     description = (
         f"trajectory guidance ({settings.trajectory_steps} steps), distribution matching with timestep sharing and a latent "
         f"discriminator ({settings.matching_iterations}), split-timestep fine-tuning ({settings.split_iterations} a copy); "

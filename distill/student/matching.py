@@ -42,6 +42,14 @@ class Variant:
         return [(m, i) for m, s in SIGMAS.items() for i in range(m) if self.lowest < s[i] <= self.highest]
 
 
+@dataclass(frozen=True)
+class Matched:
+    """A student and the proxy that knows what it draws."""
+
+    student: SD3Transformer2DModel
+    proxy: SD3Transformer2DModel
+
+
 def fit(
     run: Run,
     stage: str,
@@ -49,16 +57,16 @@ def fit(
     data: Data,
     text: TextEncoders,
     teacher: SD3Transformer2DModel,
-    start: SD3Transformer2DModel,
+    start: Matched,
     iterations: int,
     variant: Variant = Variant(),
-) -> SD3Transformer2DModel:
-    """The exponential moving average (0.99) of the student after `iterations` from `start`."""
+) -> Matched:
+    """`iterations` from `start`; the student that comes out is the exponential moving average (0.99)."""
     torch.manual_seed(run.seed + 3)
     device = run.accelerator.device
-    student = copy.deepcopy(start).requires_grad_(True)
-    average = copy.deepcopy(start)
-    proxy = copy.deepcopy(teacher).requires_grad_(True)
+    student = copy.deepcopy(start.student).requires_grad_(True)
+    average = copy.deepcopy(start.student)
+    proxy = copy.deepcopy(start.proxy).requires_grad_(True)
     judge = copy.deepcopy(teacher).bfloat16()
     heads = Heads(settings.layers, 64 * settings.heads).to(device)
     student_half, proxy_half = HalfCopy(student, run.accelerator), HalfCopy(proxy, run.accelerator)
@@ -152,4 +160,4 @@ def fit(
 
     modules = {"student": student, "average": average, "proxy": proxy, "heads": heads}
     train(run, stage, modules, optimizers, step_fn, iterations)
-    return average.eval().requires_grad_(False)
+    return Matched(average.eval().requires_grad_(False), proxy.eval().requires_grad_(False))

@@ -18,7 +18,7 @@ from distill.evaluation import Evaluator
 from distill.loop import Run
 from distill.settings import Settings
 from distill.student import matching
-from distill.student.matching import Variant
+from distill.student.matching import Matched, Variant
 from distill.text import TextEncoders
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -31,7 +31,7 @@ def fit(
     data: Data,
     text: TextEncoders,
     teacher: SD3Transformer2DModel,
-    start: SD3Transformer2DModel,
+    start: Matched,
     iterations: int,
     variant: Variant,
     evaluator: Evaluator,
@@ -40,7 +40,7 @@ def fit(
     copies = {}
     for name, lowest, highest in (("high", 0.5, 1.0), ("low", 0.0, 0.5)):
         part = Variant(variant.share_timesteps, variant.discriminate, lowest, highest)
-        copies[name] = matching.fit(run, f"{stage}-{name}", settings, data, text, teacher, start, iterations, part)
+        copies[name] = matching.fit(run, f"{stage}-{name}", settings, data, text, teacher, start, iterations, part).student
     path = run.folder / f"{stage}.json"
     if not path.exists():
         scores = {}
