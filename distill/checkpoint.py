@@ -22,6 +22,8 @@ PROMPTS = (
     "at the top left there is a large green triangle on a pink background",
     "a tiny orange cross below a filled red circle on plain white",
 )
+# Which prompts an exporter calibrates on: those in the style of captions.py.
+CAPTION_STYLE = "scenes"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -57,7 +59,8 @@ def write(folder: Path, student: SD3Transformer2DModel, vae: AutoencoderKL, text
             source = Path(text.tokenizers[0 if not suffix else 1].name_or_path)
             for name in ("vocab.json", "merges.txt"):
                 shutil.copyfile(source / name, beside / f"tokenizer{suffix}" / name)
-        flash = {"sigmas": {str(n): list(s) for n, s in SIGMAS.items()}, "prompts": PROMPTS}
+        sigmas = {str(n): list(s) for n, s in SIGMAS.items()}
+        flash = {"sigmas": sigmas, "prompts": PROMPTS, "caption_style": CAPTION_STYLE}
         (beside / "flash.json").write_text(json.dumps(flash, indent=1) + "\n")
         (beside / "README.md").write_text(card)
         shutil.copyfile(TEMPLATES / "LICENSE", beside / "LICENSE")

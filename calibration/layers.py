@@ -1,0 +1,220 @@
+"""What is gathered at every linear, convolution and embedding of a module while a prompt runs through it and back.
+
+Let x_t [in] be a layer's input at position t (a token or a pixel, at any step), g_t [out] the gradient of <probe, target> with
+respect to its output there, and D the number of values of the target. An error E [out, in] of the weight moves the target by
+dz with <probe, dz> = <G, E>, where G = sum_t g_t x_t^T, to first order; over probes of independent signs the mean of <G, E>^2
+is |dz|^2 (Hutchinson 1989). Two things are gathered:
+
+- moments: the mean of x_t x_t^T.
+- sketches: G r for a few random sign vectors r [in], for which the mean of (G_o r)^2 is |G_o|^2. r stays the same over the
+  steps of a prompt, so that their sum over calls is the sketch of the whole G.
+
+`sensitivity[o] = mean (G_o r)^2 / trace(moments)` then makes sum_o sensitivity[o] E_o moments E_o^T the expected |dz|^2 of any
+error whose values are independent with equal variance, as rounding errors are: exactly, however positions and steps
+correlate. For other errors it rests on the Kronecker-factored form G_o^T G_o ~ sensitivity[o] moments, with rows independent
+(K-FAC: Martens & Grosse 2015; for convolutions, Grosse & Martens 2016).
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+SKETCHES = 4
+"""Random sign vectors a layer and prompt. With 64 prompts a row's sensitivity is known to 10 or 20 %, a layer's far better."""
+
+POSITIONS = 1024
+"""Positions of one call that the moments are taken over at most; more are drawn at random (of pixels there are many)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a type of layer reads as rows times weight. `rows(module, x)` [n, in]; `project(module, x, r)` [positions, k] with
+    r [in, k]; `outputs(g)` [positions, out]."""
+
+    width: Callable[[Any], int]
+    rows: Callable[[Any, Tensor], Tensor]
+    project: Callable[[Any, Tensor, Tensor], Tensor]
+    outputs: Callable[[Tensor], Tensor]
+
+
+def _last_axis(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _channels(tensor: Tensor) -> Tensor:
+    """[1, C, h, w] -> [h w, C]."""
+    return tensor.flatten(2)[0].T
+
+
+def _linear_rows(_: nn.Linear, x: Tensor) -> Tensor:
+    rows = _last_axis(x)
+    return rows[_drawn(len(rows)).to(x.device)] if len(rows) > POSITIONS else rows
+
+
+def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """[1, C, h, w] -> [n, C kh kw], the values of a patch in the order of weight.reshape(out, -1)."""
+    assert not isinstance(conv.padding, str)
+    (top, left), (rows, columns), (down, right) = conv.padding, conv.kernel_size, conv.stride
+    windows = F.pad(x, (left, left, top, top)).unfold(2, rows, down).unfold(3, columns, right)  # [1, C, h', w', kh, kw]
+    height, width = windows.shape[2:4]
+    drawn = _drawn(height * width).to(x.device)
+    return windows[0][:, drawn // width, drawn % width].transpose(0, 1).flatten(1)
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, signs: Tensor) -> Tensor:
+    weight = signs.T.reshape(-1, conv.in_channels, *conv.kernel_size)
+    return _channels(F.conv2d(x, weight, stride=conv.stride, padding=conv.padding))
+
+
+def _drawn(count: int) -> Tensor:
+    """Positions for the moments: all, or `POSITIONS` different ones, the same for the same count."""
+    if count <= POSITIONS:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:POSITIONS]
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: Kind(lambda m: m.in_features, _linear_rows, lambda _, x, r: _last_axis(x) @ r, _last_axis),
+    nn.Conv2d: Kind(lambda m: m.in_channels * m.kernel_size[0] * m.kernel_size[1], _patches, _convolve, _channels),
+    # Its input is a row of the identity, and its weight stands transposed.
+    nn.Embedding: Kind(lambda m: m.num_embeddings, lambda _, x: x.flatten(), lambda _, x, r: r[x.flatten()], _last_axis),
+}
+
+
+def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers that statistics are gathered of, by the name of their weight.
+
+    An embedding whose table is read without a look-up (CLIP's positions) is among them, but gathers nothing.
+    """
+    found = {f"{name}.weight": part for name, part in module.named_modules() if type(part) in KINDS}
+    for name, layer in found.items():
+        plain = not isinstance(layer, nn.Conv2d) or (layer.groups == 1 and layer.dilation == (1, 1))
+        assert plain, f"{name}: grouped and dilated convolutions have no statistics"
+    return found
+
+
+def signs(name: str, prompt: int, width: int, count: int) -> Tensor:
+    """[width, count] random signs of a name and prompt, float32 on the CPU."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {prompt}".encode()))
+    return torch.randint(0, 2, (width, count), generator=generator).float() * 2 - 1
+
+
+@dataclass
+class InputSums:
+    """Of the inputs of one layer, or of several that read the same tensor: sums over `samples` positions."""
+
+    moments: Tensor  # [in, in]; of an embedding [rows], how often each was looked up
+    total: Tensor  # [in]; of an embedding, the same as moments
+    samples: int = 0
+
+    @property
+    def trace(self) -> float:
+        """Of the mean of x x^T."""
+        return float((self.moments.diagonal() if self.moments.ndim == 2 else self.moments).sum()) / self.samples
+
+
+@dataclass
+class Sums:
+    """What one piece has gathered so far. `leaders`: the layer whose input sums stand for this layer's too."""
+
+    inputs: dict[str, InputSums] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+    sketches: dict[str, Tensor] = field(default_factory=dict)  # [prompts, out, SKETCHES]
+
+    def sensitivity(self, layer: str) -> Tensor:
+        """float32 [out]; 0 where nothing but zeros came in."""
+        trace = self.inputs[self.leaders[layer]].trace
+        squares = self.sketches[layer].square().mean(dim=(0, 2))
+        return squares / trace if trace else torch.zeros_like(squares)
+
+    def save(self, path: Path) -> None:
+        tensors = {f"sketch {name}": sketch for name, sketch in self.sketches.items()}
+        for name, sums in self.inputs.items():
+            tensors[f"moments {name}"] = sums.moments
+            tensors[f"total {name}"] = sums.total
+        samples = {name: sums.samples for name, sums in self.inputs.items()}
+        metadata = {"leaders": json.dumps(self.leaders), "samples": json.dumps(samples)}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Sums:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            leaders, samples = (json.loads(file.metadata()[key]) for key in ("leaders", "samples"))
+            inputs = {
+                name: InputSums(file.get_tensor(f"moments {name}"), file.get_tensor(f"total {name}"), count)
+                for name, count in samples.items()
+            }
+            return cls(inputs, leaders, {name: file.get_tensor(f"sketch {name}") for name in leaders})
+
+
+class Observer:
+    """Adds to `sums` what passes through the layers of `module`, inside `watching`.
+
+    A layer's output carries a gradient even where its input does not, so that every backward pass reaches it.
+    """
+
+    def __init__(self, module: nn.Module, sums: Sums, prompts: int) -> None:
+        self.layers = layers_of(module)
+        self.sums = sums
+        self.prompts = prompts
+        self._prompt = 0
+        self._seen = WeakTensorKeyDictionary()
+
+    @contextmanager
+    def watching(self, prompt: int) -> Iterator[None]:
+        """Around one forward and backward pass of a prompt."""
+        self._prompt = prompt
+        self._seen = WeakTensorKeyDictionary()
+        hooks = [layer.register_forward_hook(partial(self._forward, name)) for name, layer in self.layers.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _forward(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        kind, x = KINDS[type(layer)], args[0].detach()
+        width = kind.width(layer)
+        leader = self._seen.setdefault(args[0], name) if isinstance(layer, nn.Linear) else name
+        self.sums.leaders[name] = leader
+        if leader == name:
+            self._add_inputs(name, kind.rows(layer, x), width)
+        projected = kind.project(layer, x, signs(name, self._prompt, width, SKETCHES).to(x.device))
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        if name not in self.sums.sketches:
+            self.sums.sketches[name] = output.new_zeros(self.prompts, kind.outputs(output).shape[1], SKETCHES)
+        output.register_hook(partial(self._backward, name, kind, projected))
+        return output
+
+    def _add_inputs(self, name: str, rows: Tensor, width: int) -> None:
+        is_lookup = rows.ndim == 1
+        if name not in self.sums.inputs:
+            moments = torch.zeros((width,) if is_lookup else (width, width), device=rows.device)
+            self.sums.inputs[name] = InputSums(moments, torch.zeros(width, device=rows.device))
+        sums = self.sums.inputs[name]
+        sums.samples += len(rows)
+        if is_lookup:
+            counts = torch.bincount(rows, minlength=width)
+            sums.moments += counts
+            sums.total += counts
+        else:
+            sums.moments.addmm_(rows.T, rows)
+            sums.total += rows.sum(dim=0)
+
+    def _backward(self, name: str, kind: Kind, projected: Tensor, gradient: Tensor) -> None:
+        self.sums.sketches[name][self._prompt] += kind.outputs(gradient).T @ projected
