@@ -1,7 +1,7 @@
 # Both targets make the virtual environment in .venv first, where it is not there yet.
 PYTHON ?= python3
 VENV := .venv
-PROMPT ?= a large red heart in front of a blue square on a mint background
+PROMPT ?= a big red heart above a small green circle, against a gradient from sky blue to cream
 
 .PHONY: picture test optimum
 

@@ -11,9 +11,10 @@ import click
 logging.disable(logging.WARNING)  # import-time notes of libraries about optional parts that are not installed
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 
 from distill import stages  # noqa: E402
-from distill.loop import Run, RunError  # noqa: E402
+from distill.loop import Run, RunError, cannot_write, refusal  # noqa: E402
 from distill.settings import FULL, SMOKE  # noqa: E402
 
 logging.disable(logging.NOTSET)
@@ -35,8 +36,13 @@ def main(stage: str, folder: Path, out: Path | None, seed: int, smoke: bool, dev
     accelerator = Accelerator(mixed_precision="bf16", cpu=device == "cpu" or not torch.cuda.is_available())
     run = Run(folder, seed, accelerator, save_seconds=120)
     settings = SMOKE if smoke else FULL
-    for name in stages.STAGES if stage == "all" else (stage,):
-        stages.STAGES[name](run, settings, out or folder / "flash-mini")
+    try:
+        for name in stages.STAGES if stage == "all" else (stage,):
+            stages.STAGES[name](run, settings, out or folder / "flash-mini")
+    except (OSError, SafetensorError) as error:
+        if (reason := refusal(error)) is None:
+            raise
+        raise RunError(cannot_write(Path(getattr(error, "filename", None) or folder), reason)) from error
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from distill.text import TextEncoders
 
 # What an exporter runs the model on when it records golden inputs.
 PROMPTS = (
-    "a large red heart in front of a big blue square on a mint background",
-    "a small yellow star left of a hollow purple circle, against a gradient from sky blue to cream",
+    "a big red heart above a small green circle, against a gradient from sky blue to cream",
+    "a large yellow star to the left of an outlined orange cross on a cream background",
     "at the top left there is a large green triangle on a pink background",
     "a tiny orange cross below a filled red circle on plain white",
 )

@@ -8,8 +8,10 @@ Every step seeds its own generator from (seed, stage, step): a resumed run takes
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +29,16 @@ from torch import Tensor, nn
 
 class RunError(Exception):
     """A run that cannot go on; the message is the one line the user sees."""
+
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+
+
+def refusal(error: BaseException) -> str | None:
+    """The system's words where it refused to write a file, however a library wrapped them."""
+    number = error.errno if isinstance(error, OSError) else None
+    words = [os.strerror(n) for n in _UNWRITABLE if n == number or os.strerror(n) in str(error)]
+    return words[0] if words else None
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,7 @@ def train(
             progress.update(task, advance=1, figures="  ".join(f"{k} {v:.4f}" for k, v in smooth.items()))
             last = step + 1 == steps
             if run.accelerator.is_main_process and (last or step % 50 == 0):
-                with log.open("a") as file:
-                    file.write(json.dumps({"step": step, "time": round(time.time(), 1), **smooth}) + "\n")
+                _note(log, {"step": step, "time": round(time.time(), 1), **smooth})
             if run.accelerator.is_main_process and (last or time.monotonic() - saved > run.save_seconds):
                 save_state(path, modules, optimizers, step + 1)
                 saved = time.monotonic()
@@ -149,7 +160,7 @@ def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
 def save_state(
     path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], step: int
 ) -> None:
-    """Writes weights and optimizer moments beside `path`, then renames; raises `RunError` on a full disk."""
+    """Writes weights and optimizer moments beside `path`, then renames; raises `RunError` where that cannot be written."""
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         for key, value in module.state_dict().items():
@@ -165,10 +176,20 @@ def save_state(
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-        full = "No space left" in str(error)
         size = sum(t.nbytes for t in tensors.values())
-        reason = f"the disk is full ({size / 1e6:.0f} MB needed)" if full else str(error)
-        raise RunError(f"cannot write {path}: {reason}; the last saved state is kept, free some room and run again") from error
+        raise RunError(cannot_write(path, f"{refusal(error) or error} ({size / 1e6:.0f} MB needed)")) from error
+
+
+def cannot_write(path: Path, reason: str) -> str:
+    return f"cannot write {path}: {reason}; the last saved state is kept, free some room and run again"
+
+
+def _note(log: Path, figures: Mapping[str, float]) -> None:
+    try:
+        with log.open("a") as file:
+            file.write(json.dumps(figures) + "\n")
+    except OSError as error:
+        raise RunError(cannot_write(log, error.strerror or str(error))) from error
 
 
 def _resume(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]) -> int:

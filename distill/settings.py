@@ -30,7 +30,7 @@ class Settings:
     layout_block: int = 2
     layout_weight: float = 0.1
     logit_mean: float = 0.3
-    teacher_steps: int = 7000
+    teacher_steps: int = 16000
     teacher_batch: int = 64
     teacher_rate: float = 1.5e-3
     guidance: float = 3.0
@@ -41,13 +41,14 @@ class Settings:
     matching_iterations: int = 400
     matching_batch: int = 32
     matching_rate: float = 3e-5
+    matching_guidance: float = 2.0  # the whole of the teacher's leaves noise in plain backgrounds
     proxy_warmup: int = 200
     proxy_rate: float = 3e-4
     proxy_steps: int = 2  # updates of the proxy for each of the student
     adversarial_weight: float = 0.02
     split_iterations: int = 120
-    ablation_iterations: int = 180
-    selection_captions: int = 256
+    ablation_iterations: int = 120
+    selection_captions: int = 128
     evaluation_captions: int = 512
 
 

@@ -93,7 +93,7 @@ def _students(run: Run, settings: Settings) -> Students:
     description = (
         f"trajectory guidance ({settings.trajectory_steps} steps), distribution matching with timestep sharing and a latent "
         f"discriminator ({settings.matching_iterations}), split-timestep fine-tuning ({settings.split_iterations} a copy); "
-        f"ablations {budget} iterations in all, each"
+        + (f"ablations {budget} iterations in all, each" if budget else "the ablations were not run")
     )
     return Students(vae, encoders, judge, student, ablations, description)
 

@@ -6,7 +6,8 @@ eq. 3, written for velocities) is level (v_teacher - v_proxy), normalised by the
 
 Timestep sharing (arXiv 2509.21318): the divergence is taken at the state that the student's step arrives at, on its own
 trajectory, not at a re-noised end point. The last step arrives at sigma 0, where velocities say nothing; its aim is mixed with
-noise up to one of the student's own levels.
+noise up to one of the student's own levels. The proxy learns from finished pictures at those levels: along a rectified flow
+the states on the way are distributed as the pictures mixed with noise.
 """
 
 from __future__ import annotations
@@ -106,9 +107,9 @@ def fit(
         with student_half.fresh() as forward:
             before = draw(forward, noise(), mode, condition, stop=index)
             with torch.set_grad_enabled(teach):
-                state, aim = euler(forward, before, now, after, condition)
+                arrived, aim = euler(forward, before, now, after, condition)
                 if variant.share_timesteps and after > 0:
-                    level = after
+                    state, level = arrived, after
                 else:
                     level = random_level()
                     state = torch.lerp(aim, noise(), level)
@@ -116,7 +117,7 @@ def fit(
             if teach:
                 proxy_now = proxy_half.copy
                 with torch.no_grad():
-                    right = guided_velocity(judge, state, levels, condition, empty, settings.guidance)
+                    right = guided_velocity(judge, state, levels, condition, empty, settings.matching_guidance)
                 proxy_now.requires_grad_(False)
                 with torch.set_grad_enabled(variant.discriminate):
                     drawn, seen = features(proxy_now, state, levels, condition)
@@ -138,12 +139,13 @@ def fit(
             update_average(average, student, 0.99)
         student.zero_grad()
 
-        aim, state = aim.detach(), state.detach()
+        state = state.detach()
+        drawn_through = draw(student_half.copy, arrived.detach(), mode, condition, start=index + 1)
         with proxy_half.fresh() as tracker:
             proxy_noise, proxy_level = noise(), random_level()
-            mixed = torch.lerp(aim, proxy_noise, proxy_level)
-            out, _ = features(tracker, mixed, torch.full((len(aim),), proxy_level, device=device), condition)
-            tracked = (out - (proxy_noise - aim)).pow(2).mean()
+            mixed = torch.lerp(drawn_through, proxy_noise, proxy_level)
+            out, _ = features(tracker, mixed, torch.full((len(state),), proxy_level, device=device), condition)
+            tracked = (out - (proxy_noise - drawn_through)).pow(2).mean()
             figures["proxy"] = tracked.item()
             run.accelerator.backward(tracked)
             if variant.discriminate:
@@ -152,7 +154,8 @@ def fit(
                     _, true = features(tracker, torch.lerp(real, noise(), level), levels, condition)
                 hinge = (1 + heads(fake)).relu().mean() + (1 - heads(true)).relu().mean()
                 figures["hinge"] = hinge.item()
-                run.accelerator.backward(hinge)
+                # AdamW makes the heads indifferent to the factor; the proxy stays a tracker first (DMD2 weighs it likewise).
+                run.accelerator.backward(settings.adversarial_weight * hinge)
         nn.utils.clip_grad_norm_(proxy.parameters(), 1.0)
         step_all({"proxy": optimizers["proxy"], "heads": optimizers["heads"]})
         heads.refresh(generator)

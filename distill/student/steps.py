@@ -23,10 +23,15 @@ def euler(student: nn.Module, latents: Tensor, now: float, after: float, conditi
 
 
 @torch.no_grad()
-def draw(student: nn.Module, noise: Tensor, steps: int, condition: Condition, stop: int | None = None) -> Tensor:
-    """The state after the first `stop` steps (all of them by default) of the `steps`-step mode."""
+def draw(
+    student: nn.Module, noise: Tensor, steps: int, condition: Condition, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """The state after the steps from `start` on, up to `stop` (all of them by default), of the `steps`-step mode.
+
+    `noise` is the state before the step `start`.
+    """
     sigmas = SIGMAS[steps]
     latents = noise
-    for index in range(steps if stop is None else stop):
+    for index in range(start, steps if stop is None else stop):
         latents, _ = euler(student, latents, sigmas[index], sigmas[index + 1], condition)
     return latents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from distill.loop import Run, RunError, save_state, train
 
 
-def distill(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "distill", *arguments], capture_output=True, text=True)
+def distill(*arguments: str, file_bytes: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
+    """`file_bytes`: no file may grow beyond, as if the disk were full."""
+    return subprocess.run(
+        [sys.executable, "-m", "distill", *arguments],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +74,33 @@ def test_a_state_that_cannot_be_written_is_one_clear_line_and_keeps_the_last_one
     with pytest.raises(RunError, match=r"cannot write .*the last saved state is kept"):
         save_state(path, {"module": module}, {}, 8)
     assert path.read_bytes() == kept
+
+
+def test_a_run_whose_disk_is_full_says_so_in_one_line_and_keeps_the_last_state(smoke: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    state = tmp_path / "run" / "autoencoder.safetensors"
+    with safe_open(smoke / "run" / "autoencoder.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        step = int(file.metadata()["step"])
+    save_file(tensors, state, metadata={"step": str(step - 1)})
+    kept = state.read_bytes()
+    done = distill("autoencoder", "--smoke", "--run", str(state.parent), file_bytes=50_000)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode != 0
+    assert f"cannot write {state}: File too large" in line and "the last saved state is kept" in line
+    assert state.read_bytes() == kept and not state.with_suffix(".part").exists()
+
+    log = state.with_name("autoencoder.log.jsonl")
+    log.unlink()
+    log.symlink_to("/dev/full")  # answers every write as a full disk does
+    done = distill("autoencoder", "--smoke", "--run", str(state.parent))
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode != 0
+    assert f"cannot write {log}: No space left on device" in line and state.read_bytes() == kept
+
+    log.unlink()
+    done = distill("autoencoder", "--smoke", "--run", str(state.parent))
+    assert done.returncode == 0 and state.read_bytes() != kept
 
 
 def test_a_resumed_run_takes_the_same_steps_as_an_undisturbed_one(tmp_path: Path) -> None:
