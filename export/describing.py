@@ -95,7 +95,8 @@ def describe_scheme(scheme: Scheme) -> str:
     if isinstance(scheme, FloatScheme):
         return f"float{scheme.bits}"
     if isinstance(scheme, PaletteScheme):
-        return f"palette {scheme.bits} bit" + (f", groups of {scheme.group}" if scheme.group else "")
+        groups = f", groups of {scheme.group}" if scheme.group else ""
+        return _palette_words(scheme.bits, groups, scheme.vector, scheme.scaled)
     return f"integers {scheme.bits} bit" + (f", blocks of {scheme.block}" if scheme.block else "")
 
 
@@ -157,7 +158,13 @@ def _scheme_words(weight: StoredWeight) -> str:
     if isinstance(weight, FloatWeight):
         return f"float{weight.bits}"
     if isinstance(weight, PaletteWeight):
-        return f"palette {weight.bits} bit" + (f", {weight.groups} groups" if weight.groups > 1 else "")
+        groups = f", {weight.groups} groups" if weight.groups > 1 else ""
+        return _palette_words(weight.bits, groups, weight.vector, weight.scales is not None)
     assert isinstance(weight, IntegerWeight)
     row = math.prod(weight.shape[1:])
     return f"integers {weight.bits} bit, " + (f"blocks of {weight.block}" if weight.block < row else "one scale a row")
+
+
+def _palette_words(bits: int, groups: str, vector: int, scaled: bool) -> str:
+    vectors = f", {vector} weights an entry" if vector > 1 else ""
+    return f"palette {bits} bit{vectors}{groups}" + (", a scale a row" if scaled else "")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from export.compression.integers import quantize
-from export.compression.palettes import palettize
+from export.compression.palettes import in_order, palettize
 from export.compression.schemes import FloatScheme, PaletteScheme, Recipe, Scheme
 from export.compression.stored import FloatWeight, StoredWeight
 from export.errors import UserError
@@ -19,25 +19,37 @@ from export.errors import UserError
 HALF_MAX = 65504.0
 
 
-def store(name: str, values: np.ndarray, scheme: Scheme) -> StoredWeight:
-    """One weight under one scheme. Raises UserError naming the weight where the scheme cannot hold it."""
+def store(name: str, values: np.ndarray, scheme: Scheme, importance: np.ndarray | None = None) -> StoredWeight:
+    """One weight under one scheme. Raises UserError naming the weight where the scheme cannot hold it.
+
+    importance: what a squared error of each value counts in a palette, of the values' shape; all equal if None.
+    """
     if not np.isfinite(values).all():
         raise UserError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
     try:
         if isinstance(scheme, FloatScheme):
             return FloatWeight(values.astype(np.float32) if scheme.bits == 32 else _half(name, values))
         if isinstance(scheme, PaletteScheme):
-            return palettize(_half(name, values), scheme.bits, scheme.group)
+            return palettize(_half(name, values), scheme.bits, scheme.group, importance, scheme.scaled, scheme.vector)
         return quantize(values, scheme.bits, scheme.block, scheme.bfloat16_scales)
     except ValueError as error:
         raise UserError(f"{name} {list(values.shape)}: {error}") from None
 
 
-def compress(module: nn.Module, recipe: Recipe, done: Callable[[str], None] | None = None) -> dict[str, StoredWeight]:
-    """Stores every parameter that the recipe names; `done` hears of each. The module is left as it is."""
+def compress(module: nn.Module, recipe: Recipe, done: Callable[[str], None] | None = None,
+             importance: Mapping[str, np.ndarray] | None = None) -> dict[str, StoredWeight]:
+    """Stores every parameter that the recipe names, on all cores; `done` hears of each. The module is left as it is.
+
+    importance: by name, see `store`; weights that are not in it have none.
+    """
+
+    def stored_one(name: str) -> StoredWeight:
+        values = _parameter(module, name).detach().float().numpy()
+        return store(name, values, recipe[name], (importance or {}).get(name))
+
     stored = {}
-    for name, scheme in recipe.items():
-        stored[name] = store(name, _parameter(module, name).detach().float().numpy(), scheme)
+    for name, weight in zip(recipe, in_order(stored_one, recipe), strict=True):
+        stored[name] = weight
         if done:
             done(name)
     return stored

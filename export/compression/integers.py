@@ -29,24 +29,40 @@ def quantize(weight: NDArray[np.floating], bits: int, block: int | None = None, 
     blocks = weight.astype(np.float32).reshape(out, row // size, size)
     if not np.isfinite(blocks).all():
         raise ValueError("block integers cannot hold NaN or infinite values")
-
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    steps = np.abs(blocks).max(axis=2) / np.float32(high)
-    best_error = np.full(steps.shape, np.inf, np.float32)
-    scales = np.empty_like(steps)
-    ints = np.empty(blocks.shape, np.int8)
-    for trial in _SCALE_TRIALS[bits]:
-        scale = _storable(steps * np.float32(trial), bfloat16_scales)
-        rounded = np.clip(np.rint(blocks / scale[:, :, None]), low, high)
-        error = np.square(blocks - rounded * scale[:, :, None]).sum(axis=2)
-        better = error < best_error
-        best_error[better] = error[better]
-        scales[better] = scale[better]
-        ints[better] = rounded[better].astype(np.int8)
+    scales = fit_scales(blocks, bits, bfloat16_scales)
+    low, high = integer_range(bits)
+    ints = np.clip(np.rint(blocks / scales[:, :, None]), low, high).astype(np.int8)
     return IntegerWeight(bits, ints.reshape(weight.shape), scales, 2 if bfloat16_scales else 4)
 
 
-def _storable(scales: NDArray[np.float32], bfloat16: bool) -> NDArray[np.float32]:
+def integer_range(bits: int) -> tuple[int, int]:
+    """Least and largest value of two's complement."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def fit_scales(
+    blocks: NDArray[np.float32], bits: int, bfloat16: bool, importance: NDArray[np.floating] | None = None
+) -> NDArray[np.float32]:
+    """The scale [out, blocks] of every block of [out, blocks, size] with the least squared error of those tried.
+
+    importance: [blocks, size], weights of the squared errors; all equal if None.
+    """
+    low, high = integer_range(bits)
+    weights = np.ones(blocks.shape[1:], np.float32) if importance is None else importance.astype(np.float32)
+    steps = np.abs(blocks).max(axis=2) / np.float32(high)
+    best_error = np.full(steps.shape, np.inf, np.float32)
+    scales = np.empty_like(steps)
+    for trial in _SCALE_TRIALS[bits]:
+        scale = storable_scales(steps * np.float32(trial), bfloat16)
+        rounded = np.clip(np.rint(blocks / scale[:, :, None]), low, high)
+        error = np.einsum("obi,bi->ob", np.square(blocks - rounded * scale[:, :, None]), weights)
+        better = error < best_error
+        best_error[better] = error[better]
+        scales[better] = scale[better]
+    return scales
+
+
+def storable_scales(scales: NDArray[np.float32], bfloat16: bool) -> NDArray[np.float32]:
     """Positive normal scales (an all-zero block gets 1), rounded to the nearest bfloat16 where asked."""
     positive = np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales).astype(np.float32)
     if not bfloat16:

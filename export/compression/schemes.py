@@ -28,10 +28,16 @@ class FloatScheme:
 
 @dataclass(frozen=True)
 class PaletteScheme:
-    """A palette of 2**bits entries for the tensor, or for every `group` rows of axis 0."""
+    """A palette of 2**bits entries for the tensor, or for every `group` rows of axis 0.
+
+    scaled: a float16 scale for every row (output channel) besides
+    vector: weights an entry, in consecutive rows; 8-bit indices of 2 are 4 bits a weight
+    """
 
     bits: int
     group: int | None = None
+    scaled: bool = False
+    vector: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
         return count * scheme.bits // 8
     if isinstance(scheme, PaletteScheme):
         groups = shape[0] // scheme.group if scheme.group else 1
-        return packed_bytes(count, scheme.bits) + groups * (2 << scheme.bits)
+        scales = 2 * shape[0] if scheme.scaled else 0
+        return packed_bytes(count // scheme.vector, scheme.bits) + groups * (2 << scheme.bits) * scheme.vector + scales
     scales = count // scheme.block if scheme.block else shape[0]
     return packed_bytes(count, scheme.bits) + scales * (2 if scheme.bfloat16_scales else 4)
 

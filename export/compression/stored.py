@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
+VECTOR_BITS = (4, 6, 8)  # of palettes whose entries are two weights
 INTEGER_BITS = (4, 8)
 
 
@@ -44,11 +45,13 @@ class PaletteWeight:
     palettes: float16 [groups, 2**bits, vector]
     indices:  uint8, the weight's shape with axis 0 divided by `vector` (an entry of a vector palette is `vector`
               consecutive weights along axis 0)
+    scales:   float16 [out] or None; row i of the weight is its entries times scales[i], rounded once to float16
     """
 
     bits: int
     palettes: NDArray[np.float16]
     indices: NDArray[np.uint8]
+    scales: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in PALETTE_BITS:
@@ -58,6 +61,8 @@ class PaletteWeight:
                              f"{self.palettes.dtype} {list(self.palettes.shape)}")
         if self.indices.dtype != np.uint8 or self.indices.ndim == 0 or self.indices.shape[0] % self.groups:
             raise ValueError(f"indices {self.indices.dtype} {list(self.indices.shape)} do not divide into {self.groups} groups")
+        if self.scales is not None and (self.scales.shape != self.shape[:1] or self.scales.dtype != np.float16):
+            raise ValueError(f"palette scales are float16 [{self.shape[0]}], not {self.scales.dtype} {list(self.scales.shape)}")
 
     @property
     def groups(self) -> int:
@@ -73,19 +78,26 @@ class PaletteWeight:
 
     @property
     def nbytes(self) -> int:
-        return packed_bytes(self.indices.size, self.bits) + self.palettes.nbytes
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return packed_bytes(self.indices.size, self.bits) + self.palettes.nbytes + scales
 
     def dequantize(self) -> NDArray[np.float32]:
         return self.dense().astype(np.float32)
 
     def dense(self) -> NDArray[np.float16]:
-        """The weight as float16, exactly the palettes' entries."""
+        """The weight as float16: exactly the palettes' entries, or their products with the scales."""
         rows = self.indices.reshape(self.groups, -1)
         flat = np.empty((*rows.shape, self.vector), np.float16)
         for group, row in enumerate(rows):
             np.take(self.palettes[group], row, axis=0, out=flat[group])
         entries = flat.reshape(self.indices.shape[0], -1, self.vector)
-        return np.ascontiguousarray(entries.transpose(0, 2, 1)).reshape(self.shape)
+        dense = np.ascontiguousarray(entries.transpose(0, 2, 1)).reshape(self.shape)
+        if self.scales is None:
+            return dense
+        # The product of two float16 is exact in float32, so that this rounds once.
+        scales = self.scales.astype(np.float32).reshape(-1, *[1] * (dense.ndim - 1))
+        with np.errstate(over="ignore"):
+            return (dense * scales).astype(np.float16)
 
 
 @dataclass(frozen=True, eq=False)

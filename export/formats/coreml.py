@@ -1,4 +1,5 @@
-"""Core ML: an ML program in fp16 whose compressed weights are `constexpr_lut_to_dense`, our palettes and indices bit by bit.
+"""Core ML: an ML program in fp16 whose compressed weights are `constexpr_lut_to_dense`, our palettes and indices bit by bit,
+followed by `constexpr_blockwise_shift_scale` where rows have scales.
 
 coremltools converts the graph with decompressed weights; then every constant that carries a palettized weight is replaced. A
 weight is found by its name (`p_<path>_to_fp16`), and in a layout that conversion may have changed; in both cases the constant
@@ -25,7 +26,7 @@ from torch.fx import Node
 
 from export.compression.compress import mean_bits, with_stored
 from export.compression.schemes import FloatScheme, IntegerScheme, Scheme, weight_infos
-from export.compression.stored import PALETTE_BITS, PaletteWeight, StoredWeight, pack_bits
+from export.compression.stored import PALETTE_BITS, VECTOR_BITS, PaletteWeight, StoredWeight, pack_bits
 from export.errors import UserError
 from export.formats.format import DEPLOYMENT_TARGETS, Artifact, EmitOptions, artifact_files, export_graph
 from runtimes.graph import TensorSpec
@@ -124,8 +125,17 @@ def _refuse_scheme(name: str, shape: tuple[int, ...], scheme: Scheme, target: st
         return "palettes of 3 bits need --deployment-target iOS18; iOS17 has 1, 2, 4, 6, 8"
     if target == "iOS17" and scheme.group:
         return "palettes by groups of channels need --deployment-target iOS18; iOS17 has one palette a tensor"
+    if target == "iOS17" and scheme.scaled:
+        return "palettes with a scale per output channel need --deployment-target iOS18; iOS17 has palettes alone"
+    if target == "iOS17" and scheme.vector > 1:
+        return "palettes of vectors need --deployment-target iOS18; iOS17 has one weight an entry"
+    if scheme.vector not in (1, 2) or (scheme.vector == 2 and scheme.bits not in VECTOR_BITS):
+        return (f"{name}: palettes of {scheme.bits} bits do not hold vectors of {scheme.vector}; "
+                f"those of 2 weights have {', '.join(map(str, VECTOR_BITS))} bits")
     if scheme.group and shape[0] % scheme.group:
         return f"{name}: groups of {scheme.group} channels do not divide {shape[0]}"
+    if (scheme.group or shape[0]) % scheme.vector:
+        return f"{name}: vectors of {scheme.vector} channels do not divide {scheme.group or shape[0]}"
     return None
 
 
@@ -231,12 +241,16 @@ def _replace(block: Any, constant: Any, weight: PaletteWeight, order: tuple[int,
                                               shape=np.array(indices.shape, np.uint32), before_op=constant, name=name)
         else:
             # The palettes' rank is that of the indices + 2: groups along the axis that was axis 0, then entries and vector.
-            groups = [1] * indices.ndim
-            groups[order.index(0)] = weight.groups
+            axis = order.index(0)
+            along = (*[1] * axis, -1, *[1] * (indices.ndim - axis - 1))
             kind = types.nptype_from_builtin(types.string_to_builtin(f"uint{weight.bits}"))
+            vectors = {"vector_axis": axis} if weight.vector > 1 else {}
             dense = mb.constexpr_lut_to_dense(indices=indices.astype(kind),
-                                              lut=weight.palettes.reshape(*groups, 1 << weight.bits, 1),
-                                              before_op=constant, name=name)
+                                              lut=weight.palettes.reshape(*along, *weight.palettes.shape[1:]),
+                                              before_op=constant, name=name, **vectors)
+            if weight.scales is not None:
+                dense = mb.constexpr_blockwise_shift_scale(data=dense, scale=weight.scales.reshape(along),
+                                                           before_op=constant, name=f"{name}_scaled")
     block.replace_uses_of_var_after_op(anchor_op=constant, old_var=constant.outputs[0], new_var=dense, no_check_var_types=True)
     block.remove_ops([constant])
 

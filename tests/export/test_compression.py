@@ -14,6 +14,7 @@ from export.components.component import Component
 from export.compression import allocation, schemes
 from export.compression.compress import compress, mean_bits, store, with_stored
 from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, Scheme
+from export.describing import describe_scheme, scheme_uses
 from export.errors import UserError
 from tests.export.small_components import conditioner, decoder, encoder, seeded, stored_by_plan
 
@@ -68,7 +69,8 @@ def test_weights_that_conversion_folds_into_constants_stay_floating_point(backen
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from([FloatScheme(16), FloatScheme(32), PaletteScheme(3), PaletteScheme(6, 4), IntegerScheme(8),
+@given(st.sampled_from([FloatScheme(16), FloatScheme(32), PaletteScheme(3), PaletteScheme(6, 4), PaletteScheme(4, scaled=True),
+                        PaletteScheme(8, vector=2), PaletteScheme(6, 2, True, 2), IntegerScheme(8),
                         IntegerScheme(4, 16), IntegerScheme(4, 16, True)]),
        st.integers(1, 4), st.integers(1, 4))
 def test_bytes_by_shape_equal_bytes_of_the_stored_weight(scheme: Scheme, rows: int, columns: int) -> None:
@@ -98,6 +100,29 @@ def test_compressed_reference_holds_the_decompressed_weights_and_shares_the_rest
     other = "text_model.encoder.layers.1.mlp.fc1.weight"
     assert reference.get_parameter(other).data_ptr() == module.get_parameter(other).data_ptr()
     assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_importance_reaches_the_palettes_of_the_weights_that_have_one() -> None:
+    module = seeded(encoder())
+    names = [f"text_model.encoder.layers.{layer}.mlp.fc1.weight" for layer in (0, 1)]
+    importance = np.zeros(module.get_parameter(names[0]).shape)
+    importance[:, :1] = 1.0
+    plain = compress(module, dict.fromkeys(names, PaletteScheme(2)))
+    weighed = compress(module, dict.fromkeys(names, PaletteScheme(2)), importance={names[0]: importance})
+    original = module.get_parameter(names[0]).numpy()
+    errors = [np.square(stored[names[0]].dequantize() - original)[:, 0].sum() for stored in (plain, weighed)]
+    assert errors[1] < errors[0]
+    np.testing.assert_array_equal(plain[names[1]].dequantize(), weighed[names[1]].dequantize())
+
+
+def test_every_form_of_palette_has_words_of_its_own() -> None:
+    values = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+    words = {describe_scheme(PaletteScheme(4, group, scaled, vector)) for group in (None, 8) for scaled in (False, True)
+             for vector in (1, 2)}
+    assert len(words) == 8
+    assert describe_scheme(PaletteScheme(8, 16, True, 2)) == "palette 8 bit, 2 weights an entry, groups of 16, a scale a row"
+    (use,) = scheme_uses("transformer", "coreml", [{"w": store("w", values, PaletteScheme(8, 8, True, 2))}])
+    assert use.scheme == "palette 8 bit, 2 weights an entry, 2 groups, a scale a row"
 
 
 def test_every_tensor_is_reported_as_it_is_stored() -> None:

@@ -18,6 +18,11 @@ from export.compression.stored import (
     packed_bytes,
     unpack_bits,
 )
+from runtimes.quiet import quiet
+
+with quiet():
+    from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_blockwise_shift_scale
+    from coremltools.optimize._utils import lut_to_dense
 
 BITS = st.sampled_from(PALETTE_BITS)
 
@@ -66,6 +71,21 @@ def test_palette_weights_look_up_the_palette_of_their_rows(bits: int, groups: in
     assert weight.nbytes == len(pack_bits(indices, bits)) + palettes.nbytes
 
 
+@pytest.mark.parametrize("vector", [1, 2])
+def test_palette_scales_multiply_rows_as_core_ml_does(vector: int) -> None:
+    """coremltools' own decompression of the same numbers, subnormal products included."""
+    generator = np.random.default_rng(vector)
+    palettes = (generator.standard_normal((2, 16, vector)) * 1e-4).astype(np.float16)
+    indices = generator.integers(0, 16, (6, 5, 3)).astype(np.uint8)
+    scales = np.exp(generator.standard_normal(6 * vector)).astype(np.float16)
+    weight = PaletteWeight(4, palettes, indices, scales)
+    looked_up = lut_to_dense(indices, palettes.reshape(2, 1, 1, 16, vector), np.int32(0))
+    expected = constexpr_blockwise_shift_scale.decompress(looked_up, scales.reshape(-1, 1, 1), None)
+    assert expected.dtype == np.float16
+    np.testing.assert_array_equal(weight.dense(), expected)
+    assert weight.nbytes == 45 + palettes.nbytes + 2 * 6 * vector
+
+
 @pytest.mark.parametrize("bits", INTEGER_BITS)
 def test_integer_weights_scale_every_block_of_inputs(bits: int) -> None:
     generator = np.random.default_rng(bits)
@@ -93,6 +113,9 @@ def test_malformed_weights_are_refused() -> None:
         PaletteWeight(5, half, np.zeros((2, 2), np.uint8))
     with pytest.raises(ValueError, match="groups"):
         PaletteWeight(4, np.zeros((2, 16, 1), np.float16), np.zeros((3, 2), np.uint8))
+    for scales in (np.ones(3, np.float16), np.ones(4, np.float32)):
+        with pytest.raises(ValueError, match=r"palette scales are float16 \[4\]"):
+            PaletteWeight(4, np.zeros((1, 16, 2), np.float16), np.zeros((2, 2), np.uint8), scales)
     with pytest.raises(ValueError, match="blocks"):
         IntegerWeight(8, np.zeros((2, 6), np.int8), np.zeros((2, 4), np.float32))
     with pytest.raises(ValueError, match="float64"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import coremltools as ct
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from export.components.component import Component
 from export.compression.compress import compress
 from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, Scheme
-from export.compression.stored import PaletteWeight
+from export.compression.stored import PaletteWeight, StoredWeight
 from export.errors import UserError
 from export.formats.coreml import CoreMLFormat
-from export.formats.format import EmitOptions
+from export.formats.format import Artifact, EmitOptions
 from runtimes.coreml import load_executor
 from runtimes.graph import TensorSpec
 from tests.export.small_components import (
@@ -39,16 +39,22 @@ IOS17, IOS18 = EmitOptions("iOS17", "someone", "some licence", "1"), EmitOptions
 
 
 def decompressed(path: Path, target: ct.target) -> dict[str, np.ndarray]:
-    """Every palettized constant of a package, as coremltools itself decompresses it."""
+    """Every palettized constant of a package, as coremltools itself decompresses it, scaled where it is."""
     spec = ct.models.MLModel(str(path), skip_model_load=True).get_spec()
     program = load_program(spec, target.value, str(path / "Data/com.apple.CoreML/weights"))
-    constants = program.functions["main"].find_ops(op_type="constexpr_lut_to_dense")
-    return {op.outputs[0].name: op.materialized_val_inference() for op in constants}
+    constants = [op for kind in ("constexpr_lut_to_dense", "constexpr_blockwise_shift_scale")
+                 for op in program.functions["main"].find_ops(op_type=kind)]
+    return {op.outputs[0].name: op.materialized_val_inference() for op in constants
+            if not any(child.op_type.startswith("constexpr_") for child in op.outputs[0].child_ops)}
 
 
 @pytest.mark.parametrize(("options", "target", "scheme"), [
     (IOS17, ct.target.iOS17, PaletteScheme(4)),
     (IOS18, ct.target.iOS18, PaletteScheme(3, 16)),
+    (IOS18, ct.target.iOS18, PaletteScheme(4, scaled=True)),
+    (IOS18, ct.target.iOS18, PaletteScheme(6, 16, scaled=True)),
+    (IOS18, ct.target.iOS18, PaletteScheme(8, vector=2)),
+    (IOS18, ct.target.iOS18, PaletteScheme(4, 16, scaled=True, vector=2)),
 ])
 def test_packages_hold_our_palettes_bit_by_bit(options: EmitOptions, target: ct.target, scheme: Scheme, tmp_path: Path) -> None:
     component = encoder()
@@ -66,12 +72,19 @@ def test_packages_hold_our_palettes_bit_by_bit(options: EmitOptions, target: ct.
         np.testing.assert_array_equal(value, weight.dense())
 
 
+def emit_within_float16(component: Component, module: nn.Module, stored: Mapping[str, StoredWeight], folder: Path,
+                        options: EmitOptions) -> list[Artifact]:
+    """Fails where conversion makes a constant infinite."""
+    with np.errstate(over="raise"):
+        return FORMAT.emit(component, module, stored, folder, options)
+
+
 @pytest.mark.parametrize(("bits", "options", "floor"), [(16, IOS17, 45), (6, IOS17, 40), (6, IOS18, 40)])
 def test_text_encoder_equals_its_compressed_reference(bits: int, options: EmitOptions, floor: float, tmp_path: Path) -> None:
     component = encoder()
     module = seeded(component)
     stored = stored_by_plan(component, module, "coreml", bits)
-    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, options)
+    (artifact,) = emit_within_float16(component, module, stored, tmp_path, options)
     graph = load_executor(artifact.path)
     assert (graph.inputs, graph.outputs) == (component.inputs, component.outputs)
     inputs = real_inputs(component)
@@ -84,7 +97,7 @@ def test_transformer_and_conditioner_equal_their_compressed_references(make: Cal
     component = make()
     module = seeded(component)
     stored = stored_by_plan(component, module, "coreml", 6)
-    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, IOS17)
+    (artifact,) = emit_within_float16(component, module, stored, tmp_path, IOS17)
     graph = load_executor(artifact.path)
     inputs = real_inputs(component)
     assert worst_psnr(run(component, FORMAT.reference(module, stored), inputs), graph(inputs)) >= 40
@@ -94,7 +107,7 @@ def test_image_decoder_equals_its_compressed_reference(tmp_path: Path) -> None:
     component = decoder()
     module = seeded(component)
     stored = stored_by_plan(component, module, "coreml", 6)
-    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, IOS17)
+    (artifact,) = emit_within_float16(component, module, stored, tmp_path, IOS17)
     inputs = real_inputs(component)
     assert worst_psnr(run(component, FORMAT.reference(module, stored), inputs), load_executor(artifact.path)(inputs)) >= 40
 
@@ -134,6 +147,30 @@ def test_alias_operations_are_taken_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(outputs["more"], inputs["x"] + 1)
 
 
+class _LinearAndConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 32)
+        self.conv = nn.Conv2d(2, 16, 3, padding=1)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        return (self.conv(self.linear(states).reshape(1, 2, 4, 4)),)
+
+
+@pytest.mark.parametrize("scheme", [PaletteScheme(3), PaletteScheme(6, 8), PaletteScheme(4, scaled=True),
+                                    PaletteScheme(6, 4, scaled=True), PaletteScheme(8, vector=2),
+                                    PaletteScheme(6, 8, scaled=True, vector=2)])
+def test_linears_and_convolutions_run_from_every_form_of_palette(scheme: PaletteScheme, tmp_path: Path) -> None:
+    component = Component("both", "both", (TensorSpec("x", "float32", (1, 24)),),
+                          (TensorSpec("y", "float32", (1, 16, 4, 4)),), _LinearAndConvolution)
+    module = seeded(component)
+    stored = compress(module, {"linear.weight": scheme, "conv.weight": scheme, "linear.bias": FloatScheme(16)})
+    (artifact,) = FORMAT.emit(component, module, stored, tmp_path, IOS18)
+    assert len(decompressed(artifact.path, ct.target.iOS18)) == 2
+    inputs = {"x": np.random.default_rng(0).standard_normal((1, 24)).astype(np.float32)}
+    assert worst_psnr(run(component, FORMAT.reference(module, stored), inputs), load_executor(artifact.path)(inputs)) >= 60
+
+
 class _Transposed(nn.Module):
     """Uses its weight as [in, out], which conversion stores the other way round."""
 
@@ -148,6 +185,7 @@ class _Transposed(nn.Module):
 @pytest.mark.parametrize(("options", "target", "scheme"), [
     (IOS17, ct.target.iOS17, PaletteScheme(6)),
     (IOS18, ct.target.iOS18, PaletteScheme(4, 8)),
+    (IOS18, ct.target.iOS18, PaletteScheme(4, 8, scaled=True, vector=2)),
 ])
 def test_weights_that_conversion_transposes_and_renames_are_followed(options: EmitOptions, target: ct.target, scheme: Scheme,
                                                                      tmp_path: Path) -> None:
@@ -198,9 +236,14 @@ def test_what_core_ml_cannot_hold_is_refused_from_shapes_alone() -> None:
     assert reasons(PaletteScheme(5)) == ["--bits 5 is not a Core ML palette size; choose from 1, 2, 3, 4, 6, 8"]
     assert "need --deployment-target iOS18" in reasons(PaletteScheme(3))[0]
     assert "need --deployment-target iOS18" in reasons(PaletteScheme(4, 16))[0]
+    assert "a scale per output channel need --deployment-target iOS18" in reasons(PaletteScheme(4, scaled=True))[0]
+    assert "palettes of vectors need --deployment-target iOS18" in reasons(PaletteScheme(8, vector=2))[0]
     assert "groups of 48 channels do not divide 128" in reasons(PaletteScheme(4, 48), IOS18)[0]
+    assert "vectors of 2 channels do not divide 1" in reasons(PaletteScheme(4, 1, vector=2), IOS18)[0]
+    assert "3 bits do not hold vectors of 2; those of 2 weights have 4, 6, 8" in reasons(PaletteScheme(3, vector=2), IOS18)[0]
     assert "not 8-bit integers" in reasons(IntegerScheme(8))[0]
     assert "not float32" in reasons(FloatScheme(32))[0]
     assert "choose from iOS17, iOS18" in reasons(FloatScheme(16), EmitOptions("iOS12"))[0]
     assert not reasons(PaletteScheme(3, 16), IOS18)
+    assert not reasons(PaletteScheme(8, 16, scaled=True, vector=2), IOS18)
     assert "--contract flash" in FORMAT.refuse(encoder_with_all_states(), {}, IOS17)[0]
