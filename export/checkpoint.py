@@ -130,6 +130,9 @@ def _open_folder(where: str, name: str, folder: Path, tokenizer: Path | None) ->
     if not index_path.is_file():
         raise UserError(f"{where} has no model_index.json: it is no diffusers checkpoint (one holds {', '.join(FOLDERS)})")
     index = read_json(index_path)
+    pipeline = str(index.get("_class_name"))
+    if missing := [part for part in FOLDERS if not (folder / part).is_dir()]:
+        raise UserError(f"{where} ({pipeline}) has no {missing[0]} folder; an SD3 checkpoint holds {', '.join(FOLDERS)}")
     notes = []
     if (index.get("text_encoder_3") or [None])[0] is not None:
         notes.append("text_encoder_3 (T5) is left out: prompts reach the transformer through the two CLIP encoders alone")
@@ -144,7 +147,7 @@ def _open_folder(where: str, name: str, folder: Path, tokenizer: Path | None) ->
     return Checkpoint(
         where=where,
         name=name,
-        pipeline=str(index.get("_class_name")),
+        pipeline=pipeline,
         configs=configs,
         readers={part: SafetensorsReader(folder / file for file in files) for part, files in weights.items()},
         tokenizers=tokenizers,

@@ -97,15 +97,16 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         command.main(args=args, prog_name="export-flash", standalone_mode=False)
     except click.ClickException as error:
-        _fail(error.format_message(), 2)
+        _fail(" ".join(error.format_message().split()), 2)
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped; nothing half-made was left", 130)
     except Exception as error:
         from export.errors import UserError
         from runtimes.bundle import BundleError
         from runtimes.graph import GraphError
+        from runtimes.tokenizer import TokenizerError
 
-        if not isinstance(error, (UserError, BundleError, GraphError)):
+        if not isinstance(error, (UserError, BundleError, GraphError, TokenizerError)):
             raise
         _fail(str(error), 2)
 

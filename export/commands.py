@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from importlib import resources
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from export.console import StageBars, noise_to, plan_table
+from export.console import NOWHERE, StageBars, noise_to, plan_table, say
 from export.errors import UserError
 from export.exporter import export
 from export.families.family import Contract
 from export.planning import ExportOptions, ExportPlan, make_plan
-from export.publish import GateFailed
+from export.publish import GateFailed, check_place
 from export.rewrites import Rewrites, rewrites_of
-from export.targets import TARGETS
+from export.targets import TARGETS, Target, choose_formats, load_format
 from runtimes.bundle import BundleError, load_manifest
 from runtimes.harness.parity import Report, verify_bundle
 from runtimes.pipeline import Pipeline
+from runtimes.registry import choose_runtime
+from runtimes.tables import compact_table, megabytes
 
 BUILT_IN = "flash-mini"
 
@@ -59,26 +62,36 @@ def run_export(
         components=components,
         chunks=_chunks(chunks),
     )
-    targets = list(TARGETS.values()) if target == "all" else [TARGETS[target]]
-    if formats:  # with --target all a format picks its target
-        targets = [t for t in targets if target != "all" or not {*t.formats}.isdisjoint(formats)] or targets
+    targets = _targets(target, formats)
+    with noise_to(NOWHERE):  # their imports have much to say; a download of the checkpoint shows its own progress
+        for t in targets:
+            for name in choose_formats(t, formats):
+                load_format(name)
     plans = [make_plan(t, options) for t in targets]
     folder = out or Path("bundles") / plans[0].checkpoint.name
+    for plan in plans:
+        check_place(folder / plan.target.name, plan.needed_bytes)
     notes = dict.fromkeys(note for plan in plans for note in plan.notes)
     if dry_run:
         console = Console()
         for plan in plans:
-            console.print(plan_table(plan))
+            console.print(plan_table(plan), "")
         for note in notes:
-            console.print(f"note: {note}")
+            say(console, f"note: {note}")
         return
     _check_writable(folder)
     with noise_to(folder / "export.log") as console:
         for note in notes:
-            console.print(f"note: {note}")
+            say(console, f"note: {note}")
         failed = [plan.target.name for plan in plans if not _export_one(plan, folder / plan.target.name, console)]
     if failed:
         sys.exit(1)
+
+
+def _targets(target: str, formats: tuple[str, ...]) -> list[Target]:
+    if target != "all":
+        return [TARGETS[target]]
+    return [t for t in TARGETS.values() if not formats or not {*t.formats}.isdisjoint(formats)] or [*TARGETS.values()]
 
 
 def _export_one(plan: ExportPlan, place: Path, console: Console) -> bool:
@@ -86,49 +99,54 @@ def _export_one(plan: ExportPlan, place: Path, console: Console) -> bool:
         with StageBars(console) as bars:
             report = export(plan, place, bars)
     except GateFailed as error:
-        report = error.args[0]
-        _show(console, report)
-        console.print(f"[red]not published[/red]: what was made lies in {place}.failed")
+        _show(console, error.args[0])
+        say(console, f"not published: what was made lies in {place}.failed", "red")
         return False
+    except UserError:
+        logging.getLogger(__name__).exception("%s", place)  # the log alone shows where
+        raise
     _show(console, report)
-    console.print(f"{place} is ready: export-flash generate {place} \"a prompt\"")
+    say(console, f'{place} is ready: export-flash generate {place} "a prompt"')
     return True
 
 
 def run_generate(
     *, bundle: Path, prompt: str, seed: int, runtime: str, out: Path, low_memory: bool, threads: int | None
 ) -> None:
-    pipeline = Pipeline.open(bundle, runtime, low_memory=low_memory, threads=threads)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {out}: a picture is .png, .jpg or .webp")
-    drawn = pipeline.generate(prompt, seed)
+    with noise_to(NOWHERE):
+        pipeline = Pipeline.open(bundle, runtime, low_memory=low_memory, threads=threads)
+        drawn = pipeline.generate(prompt, seed)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         drawn.image.save(out)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    table = Table("component", "load s", "run s", "runs", title=f"{pipeline.runtime.name} on this computer (host timings)")
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}; choose another file") from error
+    table = compact_table(f"{pipeline.runtime.name} on this computer", ("component",), ("load s", "run s", "runs"))
     for name, timing in drawn.timings.items():
         table.add_row(name, f"{timing.load:.3f}", f"{timing.run:.3f}", str(timing.calls))
     console = Console()
     console.print(table)
-    console.print(f"{out}: {drawn.image.width} x {drawn.image.height} px, {pipeline.manifest.steps} steps, seed {seed}")
+    say(console, f"{out}: {drawn.image.width} x {drawn.image.height} px, {pipeline.manifest.steps} steps, seed {seed}")
 
 
 def run_verify(*, bundle: Path, runtimes: tuple[str, ...], json_file: Path | None, low_memory: bool) -> None:
-    console = Console()
-    load_manifest(bundle)
+    manifest = load_manifest(bundle)
+    for name in runtimes:
+        choose_runtime(manifest, name)
     try:
-        report = verify_bundle(bundle, runtimes or None, low_memory=low_memory)
+        with noise_to(NOWHERE):
+            report = verify_bundle(bundle, runtimes or None, low_memory=low_memory)
     except BundleError as error:
         print(f"export-flash: {error}", file=sys.stderr)
         sys.exit(1)
-    _show(console, report)
+    _show(Console(), report)
     if json_file is not None:
         try:
             json_file.write_text(report.to_json(), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--json {json_file} cannot be written: {error.strerror}") from error
+            raise UserError(f"--json {json_file} cannot be written: {error.strerror}; choose another file") from error
     if not report.passed:
         sys.exit(1)
 
@@ -136,27 +154,28 @@ def run_verify(*, bundle: Path, runtimes: tuple[str, ...], json_file: Path | Non
 def run_inspect(bundle: Path) -> None:
     manifest = load_manifest(bundle)
     size = manifest.image_size
-    console = Console()
     title = f"{manifest.model.name} for {manifest.target}: {size.width} x {size.height} px, {manifest.steps} steps"
-    table = Table("component", "format", "files", "inputs", "outputs", "runs on", title=title)
-    for heading in ("bits", "bytes"):
-        table.add_column(heading, justify="right")
+    artifacts = compact_table(title, ("component", "format", "runs on"), ("bits", "MB"), "files")
     for entry in manifest.components:
-        inputs, outputs = ("\n".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in ts) for ts in (entry.inputs, entry.outputs))
         files = "\n".join(artifact.path for artifact in entry.artifacts)
         unit = entry.compute_units or entry.backend or "CPU"
-        table.add_row(entry.name, entry.format, files, inputs, outputs, unit, f"{entry.bits:.2f}", f"{entry.bytes:,}")
-    console.print(table)
+        artifacts.add_row(entry.name, entry.format, unit, f"{entry.bits:.2f}", megabytes(entry.bytes), files)
+    tensors = compact_table("", ("component", "", "tensor"), (), "type and shape")
+    for name, inputs, outputs in dict.fromkeys((entry.name, entry.inputs, entry.outputs) for entry in manifest.components):
+        for kind, entries in (("in", inputs), ("out", outputs)):
+            for tensor in entries:
+                first = kind == "in" and tensor is entries[0]
+                tensors.add_row(name if first else "", kind, tensor.name, f"{tensor.dtype} {list(tensor.shape)}")
+    lines = []
     for hint in manifest.resources:
-        console.print(
-            f"{hint.format}: {hint.all_components:,} bytes of artifacts; {hint.denoising:,} while denoising, "
-            f"{hint.largest_component:,} one component at a time"
-        )
-    console.print(f"sigmas {' '.join(f'{s:g}' for s in manifest.sigmas)}; contract {manifest.contract}")
-    console.print(f"exact rewrites: {', '.join(manifest.rewrites) or 'none'}")
-    console.print(f"licence {manifest.licence.name}; {manifest.licence.attribution}")
+        sizes = [megabytes(count) for count in (hint.all_components, hint.denoising, hint.largest_component)]
+        lines.append(f"{hint.format}: {sizes[0]} MB in all, {sizes[1]} MB while denoising, largest component {sizes[2]} MB")
+    lines.append(f"sigmas {' '.join(f'{s:g}' for s in manifest.sigmas)}; contract {manifest.contract}")
+    lines.append(f"exact rewrites: {', '.join(manifest.rewrites) or 'none'}")
+    lines.append(f"licence {manifest.licence.name}; {manifest.licence.attribution}")
     verdict = "every comparison passed" if all(p.passed for p in manifest.parity) else "a comparison FAILED"
-    console.print(f"parity: {len(manifest.parity)} comparisons, {verdict}" if manifest.parity else "parity: never measured")
+    lines.append(f"parity: {len(manifest.parity)} comparisons, {verdict}" if manifest.parity else "parity: never measured")
+    Console().print(artifacts, "", tensors, "", *(Text(line) for line in lines), sep="\n")
 
 
 def built_in() -> str:
@@ -167,7 +186,7 @@ def built_in() -> str:
 def _show(console: Console, report: Report) -> None:
     console.print(report.table())
     for failure in report.failures:
-        console.print(f"[red]failed[/red] {failure}")
+        say(console, f"failed {failure}", "red")
 
 
 def _check_writable(folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,19 +17,37 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from export.compression.schemes import Scheme
 from export.describing import describe_scheme
 from export.planning import ExportPlan
+from runtimes.tables import compact_table, megabytes
+
+NOWHERE = Path(os.devnull)
+_DAY = 86_400.0  # seconds; rich forgets steps that are older than a period, and a step may take minutes
 
 
 class StageBars:
     """A `Progress` as one bar a stage."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Bars(*columns, TimeRemainingColumn(), TextColumn("{task.fields[detail]}"), console=console)
+        columns = (TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn())
+        rest = Column(ratio=1, no_wrap=True)  # of the line: a long prompt is cut there and takes no room from the others
+        detail = TextColumn("{task.fields[detail]}", markup=False, table_column=rest)
+        # Redirected, what libraries print would come out above the bars instead of where `noise_to` sends it.
+        self._bars = Bars(
+            *columns,
+            TimeRemainingColumn(),
+            detail,
+            console=console,
+            expand=True,
+            speed_estimate_period=_DAY,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._in_terminal = console.is_terminal
         self._task: TaskID | None = None
         self._begun = False
 
@@ -38,6 +58,8 @@ class StageBars:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self._finish()
+        elif not self._in_terminal:
+            self._bars.live.transient = True  # a file or pipe gets whole bars, or none
         self._bars.stop()
 
     def stage(self, name: str, total: int) -> None:
@@ -58,30 +80,42 @@ class StageBars:
 def plan_table(plan: ExportPlan) -> Table:
     """Components, formats, schemes and expected bytes of what is going to be made."""
     graph = plan.graph
-    table = Table(title=f"{plan.checkpoint.name} for {plan.target.name}, {graph.width} x {graph.height} px")
-    table.add_column("component")
-    table.add_column("format")
-    table.add_column("pieces", justify="right")
-    table.add_column("schemes")
-    table.add_column("expected bytes", justify="right")
+    title = f"{plan.checkpoint.name} for {plan.target.name}, {graph.width} x {graph.height} px"
+    table = compact_table(title, ("component", "format"), ("pieces", "expected\nMB"), "weights: scheme")
     for part in plan.parts:
         if part.name not in plan.exported:
             continue
         for format in plan.formats:
-            names: dict[str, int] = {}
+            counts: Counter[str] = Counter()
             for piece in part.plans[format.name]:
-                for schemes in piece.candidates.values():
-                    words = _candidates(schemes)
-                    names[words] = names.get(words, 0) + 1
-            listed = ", ".join(f"{words} ({count})" for words, count in names.items())
-            table.add_row(part.name, format.name, str(len(part.pieces)), listed, f"{part.expected_bytes(format.name):,}")
+                counts.update(_candidates(schemes) for schemes in piece.candidates.values())
+            listed = "\n".join(f"{count}: {words}" for words, count in counts.items())
+            table.add_row(part.name, format.name, str(len(part.pieces)), megabytes(part.expected_bytes(format.name)), listed)
     table.add_section()
-    table.add_row("all", "", "", f"sigmas {' '.join(f'{s:g}' for s in graph.sigmas)}", f"{plan.expected_bytes:,}")
+    table.add_row("all", "", "", megabytes(plan.expected_bytes), f"sigmas {' '.join(f'{s:g}' for s in graph.sigmas)}")
     return table
 
 
 def _candidates(schemes: tuple[Scheme, ...]) -> str:
     return " or ".join(describe_scheme(scheme) for scheme in schemes)
+
+
+def say(console: Console, line: str, style: str | None = None) -> None:
+    """One line as it is: a path or a command in it can be copied whole."""
+    console.print(Text(line, style or ""), soft_wrap=True)
+
+
+class _Log(io.TextIOWrapper):
+    """A log that a full disk cuts short, where another file would fail whoever writes to it."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 @contextmanager
@@ -92,17 +126,19 @@ def noise_to(log: Path) -> Iterator[Console]:
     sys.stderr.flush()
     terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
     kept = [os.dup(stream) for stream in (1, 2)]
-    with log.open("a", encoding="utf-8") as file, terminal:
-        handler = logging.StreamHandler(file)
-        logging.getLogger().addHandler(handler)
-        try:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
-            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), warnings.catch_warnings():
-                yield Console(file=terminal, force_terminal=os.isatty(kept[1]))
-        finally:
-            file.flush()
-            logging.getLogger().removeHandler(handler)
-            for stream, copy in zip((1, 2), kept, strict=True):
-                os.dup2(copy, stream)
-                os.close(copy)
+    file = _Log(log.open("ab"), encoding="utf-8", errors="replace", write_through=True)
+    handler = logging.StreamHandler(file)
+    logging.getLogger().addHandler(handler)
+    try:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), warnings.catch_warnings():
+            yield Console(file=terminal, force_terminal=os.isatty(kept[1]))
+    finally:
+        logging.getLogger().removeHandler(handler)
+        for stream, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, stream)
+            os.close(copy)
+        for opened in (terminal, file):
+            with contextlib.suppress(OSError):
+                opened.close()

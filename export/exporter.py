@@ -29,10 +29,6 @@ from runtimes.golden import Case, Drawing, write_golden
 from runtimes.harness.parity import Report, verify_bundle
 from runtimes.pipeline import Pipeline, to_image
 from runtimes.registry import RUNTIMES
-from runtimes.tokenizer import Tokenizer
-
-# Golden cases and graphs beside the stored weights, and what formats write on the way: bytes to ask the disk for.
-SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -50,14 +46,13 @@ def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
     Returns the parity report. Raises `GateFailed`, with the report as its argument, where a comparison failed; what was made
     then lies in `<place>.failed`.
     """
-    with publishing(place, needed_bytes=2 * plan.expected_bytes + SPARE_BYTES) as folder:
+    with publishing(place, plan.needed_bytes) as folder:
         progress.stage("checkpoint", 1)
         progress.step("fingerprint")
         fingerprint = plan.checkpoint.fingerprint()
-        tokenizers = {name: Tokenizer.from_checkpoint(path) for name, path in plan.checkpoint.tokenizers.items()}
         drawings = _draw(plan, progress)
-        made = _components(folder, plan, tokenizers, drawings, progress)
-        _copy_texts(folder, plan, tokenizers)
+        made = _components(folder, plan, drawings, progress)
+        _copy_texts(folder, plan)
         others = _pictures(folder, drawings)
         if plan.graph.contract == "diffusers" and any(format.name == "onnx" for format in plan.formats):
             others = (*others, *write_layout(folder, plan.checkpoint))
@@ -69,7 +64,7 @@ def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
             [use for item in made.values() for use in item.schemes],
             write_golden(folder, cases, drawings),
             fingerprint,
-            tokenizers,
+            plan.tokenizers,
             others,
         )
         write_manifest(folder, manifest)
@@ -94,15 +89,13 @@ def _draw(plan: ExportPlan, progress: Progress) -> list[Drawing]:
     return drawings
 
 
-def _components(
-    folder: Path, plan: ExportPlan, tokenizers: Mapping[str, Tokenizer], drawings: Sequence[Drawing], progress: Progress
-) -> dict[str, Made]:
+def _components(folder: Path, plan: ExportPlan, drawings: Sequence[Drawing], progress: Progress) -> dict[str, Made]:
     """Every component in the order of use; one in memory at a time."""
     layout = plan.family.latent_layout(plan.graph)
     scaled = plan.graph.rewrites.latent_scale_in_decoder
     contract = Contract(NAMES[plan.graph.contract], scaled, layout, plan.graph.sigmas)
     transformer = next(part for part in plan.parts if part.name == "transformer")
-    pair = [tokenizers["tokenizer"], tokenizers["tokenizer_2"]]
+    pair = [plan.tokenizers["tokenizer"], plan.tokenizers["tokenizer_2"]]
     recorder = Recorder(contract, pair, drawings, entries(transformer.pieces[0].inputs))
     progress.stage("components", len(plan.parts) * (1 + len(plan.formats)))
     made = {}
@@ -158,9 +151,9 @@ def _is_exact(modules: Sequence[nn.Module], stored: Sequence[Mapping[str, Stored
     )
 
 
-def _copy_texts(folder: Path, plan: ExportPlan, tokenizers: Mapping[str, Tokenizer]) -> None:
+def _copy_texts(folder: Path, plan: ExportPlan) -> None:
     """Tokenizers as phones read them, and as transformers does, and the checkpoint's licence."""
-    for name, tokenizer in tokenizers.items():
+    for name, tokenizer in plan.tokenizers.items():
         tokenizer.save(folder / name)
         for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):  # what transformers reads
             if (plan.checkpoint.tokenizers[name] / file).is_file():

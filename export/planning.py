@@ -16,8 +16,11 @@ from export.formats.format import EmitOptions, Format
 from export.rewrites import Rewrites, rewrites_of
 from export.sigmas import choose_sigmas
 from export.targets import Target, choose_formats, load_format
+from runtimes.tokenizer import Tokenizer
 
 BITS = (16, 8, 6)
+# Golden cases and graphs beside the stored weights, and what formats write on the way.
+SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class ExportPlan:
     formats: tuple[Format, ...]
     parts: tuple[Part, ...]
     exported: frozenset[str]
+    tokenizers: Mapping[str, Tokenizer]
     golden_prompts: int
     notes: tuple[str, ...] = field(default=())
 
@@ -72,6 +76,11 @@ class ExportPlan:
         """Of the weights of all artifacts."""
         wanted = [part for part in self.parts if part.name in self.exported]
         return sum(part.expected_bytes(format.name) for part in wanted for format in self.formats)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What an export asks the disk for."""
+        return 2 * self.expected_bytes + SPARE_BYTES
 
 
 def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
@@ -106,9 +115,10 @@ def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
     ]
     if reasons:
         raise UserError("\n".join(dict.fromkeys(reasons)))
+    tokenizers = {name: Tokenizer.from_checkpoint(path) for name, path in checkpoint.tokenizers.items()}
     notes = (*checkpoint.notes, *([sigmas.note] if sigmas.note else []))
     return ExportPlan(
-        target, checkpoint, family, graph, emit, bits, formats, parts, exported, options.golden_prompts, notes
+        target, checkpoint, family, graph, emit, bits, formats, parts, exported, tokenizers, options.golden_prompts, notes
     )
 
 

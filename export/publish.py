@@ -4,8 +4,8 @@
         ...  # write the bundle into the folder `working`
 
 Killed at any moment, the place holds the old bundle, or none if there was none, never a half one. What a killed export left
-beside it is removed when the next one starts. A folder in work holds a lock (flock) that dies with its process, so that the
-work of another process is never taken for a dead one's, whatever their process ids.
+beside it is removed when the next one starts, its temporary files too. A folder in work holds a lock (flock) that dies with
+its process, so that the work of another process is never taken for a dead one's, whatever their process ids.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +28,10 @@ from export.errors import UserError
 from runtimes.bundle import MANIFEST
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+# How numpy's tofile and coremltools' writer of weights say that a write failed; they keep the system's reason to themselves.
+_WRITING = ("problem writing", "requested and", "while writing")
+_STOPPING = (signal.SIGTERM, signal.SIGHUP)
+BUNDLE = "bundle"  # the folder in work, inside its hidden home
 _CURRENT_FOLDER = -100  # AT_FDCWD of renameat2(2): paths are as given
 _RENAME_EXCHANGE = 2
 
@@ -40,8 +44,8 @@ class GateFailed(Exception):
 def publishing(place: Path, needed_bytes: int) -> Iterator[Path]:
     """Yields the folder to write the bundle into; at the end of the block it becomes `place`.
 
-    On `GateFailed` it becomes `<place>.failed` (replacing an older one), on any other exception, SIGINT or SIGTERM it is
-    removed; both leave the old bundle as it was. Raises `UserError` where the folder cannot be written, the disk has less than
+    On `GateFailed` it becomes `<place>.failed` (replacing an older one), on any other exception, SIGINT, SIGTERM or SIGHUP it
+    is removed; both leave the old bundle as it was. Raises `UserError` where a file cannot be written, the disk has less than
     `needed_bytes` (what the finished bundle takes) free or becomes full, or `place` is something other than a bundle.
     """
     place = place.resolve()
@@ -51,11 +55,14 @@ def publishing(place: Path, needed_bytes: int) -> Iterator[Path]:
         _refuse_foreign(place)
         _remove_leftovers(place)
         _check_space(place, needed_bytes)
-        working, lock = _make_working(place)
+        home, lock = _make_home(place)
     try:
-        with _terminate_by_exception(), _clear_errors(place, needed_bytes):
+        with _terminate_by_exception(), _clear_errors(place, needed_bytes, home):
+            working = home / BUNDLE
+            working.mkdir()
             try:
-                yield working
+                with _temporary_files_in(home / "temporary"):
+                    yield working
             except GateFailed:
                 _move(working, failed)
                 raise
@@ -63,9 +70,16 @@ def publishing(place: Path, needed_bytes: int) -> Iterator[Path]:
             _move(working, place)
             shutil.rmtree(failed, ignore_errors=True)
     finally:
-        # What stands here now is the unfinished bundle or, after the exchange, the old one.
-        shutil.rmtree(working, ignore_errors=True)
+        # What lies here now is the unfinished bundle or, after the exchange, the old one.
+        shutil.rmtree(home, ignore_errors=True)
         os.close(lock)
+
+
+def check_place(place: Path, needed_bytes: int) -> None:
+    """Raises the `UserError` that `publishing` would begin with where there is no room, or something else in the place."""
+    place = place.resolve()
+    _refuse_foreign(place)
+    _check_space(place, needed_bytes)
 
 
 def _refuse_foreign(place: Path) -> None:
@@ -85,23 +99,34 @@ def _aside(place: Path) -> Path:
     return place.with_name(f".{place.name}.old")
 
 
-def _make_working(place: Path) -> tuple[Path, int]:
-    """A new hidden folder beside `place`, and the descriptor that holds its lock."""
+def _make_home(place: Path) -> tuple[Path, int]:
+    """A new hidden folder beside `place` for the bundle and temporary files, and the descriptor that holds its lock."""
     attempt = 0
     while True:
-        working = place.with_name(f"{_prefix(place)}{os.getpid()}-{attempt}")
+        home = place.with_name(f"{_prefix(place)}{os.getpid()}-{attempt}")
         attempt += 1
         try:
-            working.mkdir()
+            home.mkdir()
         except FileExistsError:  # another process's, with the same id in another container
             continue
-        lock = os.open(working, os.O_RDONLY)
+        lock = os.open(home, os.O_RDONLY)
         # A file system without locks refuses everybody's: then no folder is ever taken for a leftover.
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if working.exists():  # not removed as a leftover between its making and its locking
-            return working, lock
+        if home.exists():  # not removed as a leftover between its making and its locking
+            return home, lock
         os.close(lock)
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Inside the block Python's temporary files lie in `folder`: on the disk that has the room, and removed as a leftover."""
+    folder.mkdir()
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _remove_leftovers(place: Path) -> None:
@@ -168,44 +193,62 @@ def _flush_folder(path: Path) -> None:
 
 @contextmanager
 def _terminate_by_exception() -> Iterator[None]:
-    """Inside the block SIGTERM raises SystemExit, as SIGINT raises KeyboardInterrupt, so that clean-up runs."""
+    """Inside the block SIGTERM and SIGHUP raise SystemExit, as SIGINT raises KeyboardInterrupt, so that clean-up runs."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
+    main = threading.current_thread() is threading.main_thread()
+    caught = [number for number in _STOPPING if main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _check_space(place: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(place.parent).free
+    free = shutil.disk_usage(_existing(place)).free
     if free < needed_bytes:
         raise UserError(_full(place, needed_bytes, free))
 
 
 @contextmanager
-def _clear_errors(place: Path, needed_bytes: int) -> Iterator[None]:
-    """A full disk or an unwritable folder becomes one clear line, however a library wrapped it."""
+def _clear_errors(place: Path, needed_bytes: int, home: Path | None = None) -> Iterator[None]:
+    """What the system refuses becomes one clear line that names the file and the reason, however a library wrapped it."""
     try:
         yield
     except (UserError, GateFailed):
         raise
     except Exception as error:
-        causes = list(_chain(error))
-        if any(_says_full(cause) for cause in causes):
-            raise UserError(_full(place, needed_bytes, shutil.disk_usage(_existing(place)).free)) from error
-        for cause in causes:
-            if isinstance(cause, OSError) and cause.errno in _UNWRITABLE and _concerns(cause, place):
-                raise UserError(f"{place} cannot be written: {cause.strerror}; choose another --out") from error
-            if isinstance(cause, (FileExistsError, NotADirectoryError)) and _concerns(cause, place):
-                raise UserError(f"{place} cannot be made: {cause.filename} is a file; choose another --out") from error
-        raise
+        line = _line(error, place, needed_bytes, home)
+        if line is None:
+            raise
+        raise UserError(line) from error
+
+
+def _line(error: Exception, place: Path, needed_bytes: int, home: Path | None) -> str | None:
+    """None where the error is not the system's."""
+    causes = list(_chain(error))
+    refused = next((cause for cause in causes if isinstance(cause, OSError) and cause.errno is not None), None)
+    if refused is None and any(_says(cause, errno.EFBIG) for cause in causes):
+        refused = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    if refused is None and home is not None and any(words in str(cause) for words in _WRITING for cause in causes):
+        refused = _try_to_write(place, home)
+    if any(_says(cause, *_FULL) for cause in (*causes, refused)):
+        return _full(place, needed_bytes, shutil.disk_usage(_existing(place)).free)
+    if refused is None:
+        return None
+    if refused.filename is None:  # the file was open already: it is the one written last
+        return f"{_shown(_newest(home), place, home)} cannot be written: {refused.strerror}; choose another --out"
+    path = Path(os.fsdecode(refused.filename2 or refused.filename)).absolute()  # of two, the second is written
+    if isinstance(refused, (FileExistsError, NotADirectoryError)) and (path == place or path in place.parents):
+        return f"{place} cannot be made: {path} is a file; choose another --out"
+    if path == place or path in place.parents or (home is not None and path.is_relative_to(home)):
+        return f"{_shown(path, place, home)} cannot be written: {refused.strerror}; choose another --out"
+    return f"{path}: {refused.strerror}"
 
 
 def _full(place: Path, needed_bytes: int, free: int) -> str:
@@ -215,24 +258,44 @@ def _full(place: Path, needed_bytes: int, free: int) -> str:
     )
 
 
-def _says_full(error: BaseException) -> bool:
+def _try_to_write(place: Path, home: Path) -> OSError | None:
+    """What the system says to the next bytes of the file written last, or to some more in another one."""
+    newest = _newest(home)
+    for path, size, name in ((newest, 1 << 12, newest), (home / "more", 1 << 20, place)):
+        try:
+            if path is not None:
+                with path.open("ab", buffering=0) as file:
+                    while size:
+                        size -= file.write(bytes(size))
+        except OSError as error:
+            return OSError(error.errno, error.strerror, str(name))
+    return None
+
+
+def _says(error: BaseException | None, *numbers: int) -> bool:
     """Libraries in C++ and Rust pass the system's words on in exceptions of their own."""
-    return (isinstance(error, OSError) and error.errno in _FULL) or os.strerror(errno.ENOSPC).lower() in str(error).lower()
+    words = str(error).lower()
+    return (isinstance(error, OSError) and error.errno in numbers) or any(os.strerror(n).lower() in words for n in numbers)
 
 
-def _concerns(error: OSError, place: Path) -> bool:
-    """Whether the error is about the place, its working folder or a folder above, and not about some other file."""
-    if not isinstance(error.filename, (str, bytes, os.PathLike)):
-        return False
-    path = Path(os.fsdecode(error.filename)).absolute()
-    working = any(part.startswith(_prefix(place)) for part in path.parts)
-    return working or path == place or path in place.parents
+def _newest(home: Path | None) -> Path | None:
+    files = [path for path in home.rglob("*") if path.is_file()] if home is not None else []
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _shown(path: Path | None, place: Path, home: Path | None) -> Path:
+    """A file of the bundle in work, by the name that it was to get."""
+    if path is None or home is None or not path.is_relative_to(home / BUNDLE):
+        return path or place
+    return place / path.relative_to(home / BUNDLE)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from; what merely happened before it explains nothing."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def _existing(path: Path) -> Path:

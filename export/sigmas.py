@@ -6,14 +6,13 @@ those of the checkpoint's own scheduler at evenly spaced times, which is a guess
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from export.checkpoint import Checkpoint
 from export.errors import UserError
+from runtimes.bundle import check_sigmas
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Sigmas:
 def choose_sigmas(checkpoint: Checkpoint, steps: int | None = None, given: Sequence[float] | None = None) -> Sigmas:
     """The sigmas of an export. `steps` defaults to those given, then to 4. Raises `UserError`."""
     if given is not None:
-        values = check_sigmas(given, "--sigmas")
+        values = _checked(given, "--sigmas")
         if steps is not None and steps != len(values) - 1:
             raise UserError(f"--steps {steps} takes {steps + 1} sigmas, the last of them 0; --sigmas has {len(values)}")
         return Sigmas(values)
@@ -45,7 +44,7 @@ def choose_sigmas(checkpoint: Checkpoint, steps: int | None = None, given: Seque
             raise UserError(
                 f"--steps {steps}: {checkpoint.name} carries sigmas for {known}; choose one of those or give --sigmas"
             )
-        values = check_sigmas(carried[str(steps)], f"{checkpoint.name}/flash.json")
+        values = _checked(carried[str(steps)], f"{checkpoint.name}/flash.json")
         if len(values) != steps + 1:
             raise UserError(f"{checkpoint.name}/flash.json: {steps} steps take {steps + 1} sigmas; it has {len(values)}")
         return Sigmas(values)
@@ -63,15 +62,12 @@ def _carried(checkpoint: Checkpoint) -> Mapping[str, Sequence[float]]:
     return found
 
 
-def check_sigmas(values: Sequence[float], where: str) -> tuple[float, ...]:
-    """The values as floats; `UserError` unless 1 >= s > 0, falling, with a final 0."""
-    shown = f"{where} {' '.join(f'{value:g}' for value in values)}"
-    if len(values) < 2 or values[-1] != 0:
-        raise UserError(f"{shown}: the last sigma must be 0, after at least one other; write it out")
-    if not all(math.isfinite(value) and 0 < value <= 1 for value in values[:-1]):
-        raise UserError(f"{shown}: every sigma before the final 0 must be above 0 and at most 1")
-    if any(later >= earlier for earlier, later in pairwise(values)):
-        raise UserError(f"{shown}: sigmas must fall from step to step")
+def _checked(values: Sequence[float], where: str) -> tuple[float, ...]:
+    """The values as floats; `UserError` where they are no sigmas."""
+    try:
+        check_sigmas(values)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     return tuple(float(value) for value in values)
 
 

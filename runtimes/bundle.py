@@ -362,10 +362,14 @@ class Manifest(_Model):
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
-    """Raises ValueError unless there are at least two, strictly decreasing, the first at most 1 and the last exactly 0."""
-    falling = all(first > second for first, second in pairwise(sigmas))
-    if len(sigmas) < 2 or sigmas[0] > 1 or sigmas[-1] != 0 or not falling:
-        raise ValueError(f"sigmas {list(sigmas)} must decrease strictly from at most 1 to exactly 0")
+    """Raises ValueError unless there are at least two, falling strictly from at most 1 to exactly 0."""
+    wrong = f"[{', '.join(f'{sigma:g}' for sigma in sigmas)}] are no sigmas"
+    if len(sigmas) < 2 or sigmas[-1] != 0:
+        raise ValueError(f"{wrong}: the last must be 0, after at least one other; write it out")
+    if not sigmas[0] <= 1:
+        raise ValueError(f"{wrong}: the first must be at most 1")
+    if not all(first > second for first, second in pairwise(sigmas)):
+        raise ValueError(f"{wrong}: each must be below the one before")
 
 
 def load_manifest(folder: Path) -> Manifest:

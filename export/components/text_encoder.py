@@ -94,7 +94,8 @@ class TextEncoder(nn.Module):
             flags = (input_ids == input_ids.amax(dim=-1, keepdim=True)).to(states.dtype)
         else:
             flags = (input_ids == self.eos_token_id).to(states.dtype)
-        first = flags * (1.0 - torch.clamp(torch.matmul(flags, self.earlier), max=1.0))  # [1, T], one 1
+        # Both bounds: for a missing one coremltools writes float32's lowest number, which float16 rounds to -inf.
+        first = flags * (1.0 - torch.clamp(torch.matmul(flags, self.earlier), 0.0, 1.0))  # [1, T], one 1
         return self.text_projection(torch.matmul(first, states[0]))
 
 

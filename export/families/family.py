@@ -14,7 +14,7 @@ Contract = Literal["flash", "diffusers"]
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What fixes the shapes and contracts of the graphs. Width and height in pixels; sigmas as `sigmas.check_sigmas` passes."""
+    """What fixes the shapes and contracts of the graphs. Width and height in pixels; sigmas as `check_sigmas` passes."""
 
     width: int
     height: int

@@ -22,10 +22,10 @@ from torch.fx import Graph, Node
 
 from export.components.activation import use_spelled_gelu
 from export.compression.compress import mean_bits, with_stored, with_tensors
-from export.compression.schemes import FloatScheme, PaletteScheme, Scheme, WeightInfo, weight_infos
+from export.compression.schemes import FloatScheme, PaletteScheme, Scheme, WeightInfo
 from export.compression.stored import IntegerWeight, StoredWeight
 from export.errors import UserError
-from export.formats.format import Artifact, EmitOptions, artifact_files, export_graph
+from export.formats.format import Artifact, EmitOptions, artifact_files, export_graph, refuse_schemes
 from runtimes.executorch import CONTRACT_METHOD
 from runtimes.graph import TensorSpec
 from runtimes.quiet import quiet
@@ -49,14 +49,7 @@ class ExecuTorchFormat:
     name: str = "executorch"
 
     def refuse(self, component: Component, schemes: Mapping[str, Scheme], options: EmitOptions) -> list[str]:
-        infos = {info.name: info for info in weight_infos(component.blank())}
-        reasons: dict[str, None] = {}
-        for name, scheme in schemes.items():
-            if name not in infos:
-                reasons[f"{component.name} has no weight {name}; the recipe belongs to another model"] = None
-            elif reason := _refuse_scheme(f"{component.name}.{name}", infos[name], scheme):
-                reasons[reason] = None
-        return list(reasons)
+        return refuse_schemes(component, schemes, _refuse_scheme)
 
     def reference(self, module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
         """Decompressed weights, and the inputs of integer linears rounded to 8 bits a token."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from export.compression.schemes import Scheme
+from export.compression.schemes import Scheme, WeightInfo, weight_infos
 from export.compression.stored import StoredWeight
 from runtimes.graph import TensorSpec
 
@@ -72,6 +72,20 @@ class Format(Protocol):
              options: EmitOptions) -> list[Artifact]:
         """Writes the component's artifacts into a bundle folder. The same arguments give the same bytes."""
         ...
+
+
+def refuse_schemes(
+    component: Component, schemes: Mapping[str, Scheme], refuse: Callable[[str, WeightInfo, Scheme], str | None]
+) -> list[str]:
+    """Each reason once: weights that the component does not have, and what `refuse(name, weight, scheme)` says of others."""
+    infos = {info.name: info for info in weight_infos(component.blank())}
+    reasons: dict[str, None] = {}
+    for name, scheme in schemes.items():
+        if name not in infos:
+            reasons[f"{component.name} has no weight {name}; the recipe belongs to another model"] = None
+        elif reason := refuse(f"{component.name}.{name}", infos[name], scheme):
+            reasons[reason] = None
+    return list(reasons)
 
 
 def example_inputs(specs: Iterable[TensorSpec]) -> tuple[Tensor, ...]:

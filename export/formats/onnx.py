@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from export.compression.compress import mean_bits, with_stored
-from export.compression.schemes import IntegerScheme, PaletteScheme, Scheme, WeightInfo, weight_infos
+from export.compression.schemes import IntegerScheme, PaletteScheme, Scheme, WeightInfo
 from export.compression.stored import FloatWeight, IntegerWeight, StoredWeight, pack_bits
 from export.errors import UserError
-from export.formats.format import Artifact, EmitOptions, artifact_files, example_inputs
+from export.formats.format import Artifact, EmitOptions, artifact_files, example_inputs, refuse_schemes
 
 if TYPE_CHECKING:
     from export.components.component import Component
@@ -45,14 +45,7 @@ class OnnxFormat:
     accuracy_level: int = 0
 
     def refuse(self, component: Component, schemes: Mapping[str, Scheme], options: EmitOptions) -> list[str]:
-        infos = {info.name: info for info in weight_infos(component.blank())}
-        reasons: dict[str, None] = {}
-        for name, scheme in schemes.items():
-            if name not in infos:
-                reasons[f"{component.name} has no weight {name}; the recipe belongs to another model"] = None
-            elif reason := _refuse_scheme(f"{component.name}.{name}", infos[name], scheme):
-                reasons[reason] = None
-        return list(reasons)
+        return refuse_schemes(component, schemes, _refuse_scheme)
 
     def reference(self, module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
         return with_stored(module, stored)

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from runtimes.bundle import ComponentEntry, Manifest, ParityEntry, check_files, load_manifest
 from runtimes.golden import Case, Drawing, read_cases, read_drawings
 from runtimes.graph import Graph, GraphError
 from runtimes.pipeline import REQUIRED, Pipeline
 from runtimes.registry import RUNTIMES, Runtime, choose_runtime, load_component
+from runtimes.tables import compact_table, megabytes
 
 FLOAT32_FLOOR = 80.0  # dB, lowering, of an uncompressed component that computes in float32
 FLOAT16_FLOOR = 45.0  # dB, lowering, of an uncompressed component that computes in float16
@@ -102,19 +104,27 @@ class Report:
         return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def table(self) -> Table:
-        """For rich's console. "—" is not applicable."""
-        table = Table(title=f"{self.model} for {self.target}")
-        for heading in ("component", "format", "output"):
-            table.add_column(heading)
-        for heading in ("bytes", "bits", "lowering dB", "quality dB", "floor dB"):
-            table.add_column(heading, justify="right")
-        table.add_column("verdict")
+        """For rich's console, at 80 columns or more: a line a component, the worst of its outputs. "—" is not applicable."""
+        figures = ("MB", "bits", "lowering\ndB", "quality\ndB", "floor\ndB")
+        table = compact_table(f"{self.model} for {self.target}", ("component", "format"), figures, "verdict")
+        lines: dict[tuple[str, str], list[Comparison]] = {}
         for c in self.comparisons:
-            numbers = (_decibels(c.lowering), _decibels(c.quality), "—" if c.floor is None else f"{c.floor:.0f}")
-            size = "—" if c.bytes is None else f"{c.bytes:,}"
-            bits = "—" if c.bits is None else f"{c.bits:.4g}"
-            verdict = "[green]passed[/green]" if c.passed else "[red]failed[/red]"
-            table.add_row(c.component, c.format, c.output or "—", size, bits, *numbers, verdict)
+            name = c.output or IMAGE if c.component == IMAGE else c.component
+            lines.setdefault((name, c.format), []).append(c)
+        for (name, format), rows in lines.items():
+            lowering, quality = _worst(c.lowering for c in rows), _worst(c.quality for c in rows)
+            size, bits, floor = rows[0].bytes, rows[0].bits, _worst(c.floor for c in rows)
+            passed = all(c.passed for c in rows)
+            table.add_row(
+                name,
+                format,
+                "—" if size is None else megabytes(size),
+                "—" if bits is None else f"{bits:.2f}",
+                _decibels(lowering),
+                _decibels(quality),
+                "—" if floor is None else f"{floor:.0f}",
+                Text("passed", "green") if passed else Text("failed", "red"),
+            )
         return table
 
 
@@ -286,6 +296,10 @@ def _about_artifact(entry: ComponentEntry, reason: str) -> Comparison:
 def _mean_bits(components: Sequence[ComponentEntry]) -> float | None:
     weights = sum(entry.weights for entry in components)
     return sum(entry.bits * entry.weights for entry in components) / weights if weights else None
+
+
+def _worst(decibels: Iterable[float | None]) -> float | None:
+    return min((value for value in decibels if value is not None), default=None)
 
 
 def _reported(decibels: float | None) -> float | None:

@@ -21,7 +21,8 @@ from export.components.component import check_weights
 from export.errors import UserError
 from export.families import read_family
 from export.families.family import GraphOptions
-from export.sigmas import Sigmas, check_sigmas, choose_sigmas
+from export.sigmas import Sigmas, choose_sigmas
+from runtimes.bundle import check_sigmas
 from tests.export import stability
 from tests.models import SD35, SIGMAS, TinyModel, build_modules, random_ids, write_checkpoint
 
@@ -341,24 +342,26 @@ def test_carried_sigmas_that_make_no_sense_are_one_line(folder: Path, content: d
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([1.0, 0.5], "the last sigma must be 0"),
-        ([], "the last sigma must be 0"),
-        ([0.0], "the last sigma must be 0"),
+        ([1.0, 0.5], "the last must be 0"),
+        ([], "the last must be 0"),
+        ([0.0], "the last must be 0"),
         ([1.5, 0.5, 0.0], "at most 1"),
-        ([1.0, float("nan"), 0.0], "at most 1"),
-        ([1.0, -0.1, 0.0], "above 0"),
-        ([0.5, 0.7, 0.0], "must fall"),
-        ([0.5, 0.5, 0.0], "must fall"),
+        ([float("nan"), 0.5, 0.0], "at most 1"),
+        ([1.0, float("nan"), 0.0], "below the one before"),
+        ([1.0, -0.1, 0.0], "below the one before"),
+        ([0.5, 0.7, 0.0], "below the one before"),
+        ([0.5, 0.5, 0.0], "below the one before"),
     ],
 )
-def test_sigmas_that_do_not_fall_from_one_to_zero_are_refused(values: list[float], message: str) -> None:
-    assert message in one_line(lambda: check_sigmas(values, "--sigmas"))
+def test_sigmas_that_do_not_fall_from_one_to_zero_are_refused(original: Path, values: list[float], message: str) -> None:
+    checkpoint = open_checkpoint(str(original))
+    line = one_line(lambda: choose_sigmas(checkpoint, given=values))
+    assert line.startswith("--sigmas: ") and message in line
 
 
 @given(st.lists(st.floats(min_value=1e-6, max_value=1.0), min_size=1, max_size=8, unique=True))
 def test_any_falling_list_that_ends_in_zero_passes(values: list[float]) -> None:
-    falling = (*sorted(values, reverse=True), 0.0)
-    assert check_sigmas(falling, "--sigmas") == falling
+    check_sigmas((*sorted(values, reverse=True), 0.0))
 
 
 def _flip_last_byte(path: Path) -> None:

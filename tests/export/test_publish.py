@@ -52,9 +52,12 @@ def names(folder: Path) -> list[str]:
 def test_bundle_appears_complete_and_nothing_else_stays(tmp_path: Path) -> None:
     place = tmp_path / "deep" / "ios"
     with publishing(place, needed_bytes=1000) as working:
-        assert not place.exists() and working.parent == place.parent and working.name.startswith(".")
+        assert not place.exists() and working.parent.parent == place.parent and working.parent.name.startswith(".")
         write_bundle(working, "1")
+        with tempfile.NamedTemporaryFile(delete=False) as temporary:  # they go with the folder in work
+            assert Path(temporary.name).is_relative_to(working.parent)
     assert generation_of(place) == "1" and names(place.parent) == ["ios"]
+    assert not Path(tempfile.gettempdir()).is_relative_to(tmp_path / "deep")
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchanged", "in two renames"])
@@ -69,13 +72,13 @@ def test_new_bundle_replaces_the_old_one_and_an_old_failure(
     assert generation_of(tmp_path / "ios") == "2" and names(tmp_path) == ["ios"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
-def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
+def test_exchange_swaps_two_folders_or_leaves_both_as_they_were(tmp_path: Path) -> None:
     (tmp_path / "a" / "in a").mkdir(parents=True)
     (tmp_path / "b" / "in b").mkdir(parents=True)
-    if not publish._exchange(tmp_path / "a", tmp_path / "b"):
-        pytest.skip("this file system cannot exchange names")
-    assert names(tmp_path / "a") == ["in b"] and names(tmp_path / "b") == ["in a"]
+    first, second = (["in b"], ["in a"]) if publish._exchange(tmp_path / "a", tmp_path / "b") else (["in a"], ["in b"])
+    assert (names(tmp_path / "a"), names(tmp_path / "b")) == (first, second)
+    assert not publish._exchange(tmp_path / "a", tmp_path / "nowhere")  # refused by every system
+    assert names(tmp_path) == ["a", "b"] and names(tmp_path / "a") == first
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt(), SystemExit(3)])
@@ -125,6 +128,10 @@ def test_disk_that_fills_up_is_one_clear_line(tmp_path: Path) -> None:
         (working / "weights.bin").write_bytes(b"x" * 10_000)
     with pytest.raises(UserError, match="too full"), publishing(tmp_path / "ios", needed_bytes=1000):
         raise RuntimeError("I/O error: No space left on device (os error 28)")
+    line = r"ios/weights\.bin cannot be written: File too large"
+    with pytest.raises(UserError, match=line), publishing(tmp_path / "ios", needed_bytes=1000) as working:
+        (working / "weights.bin").write_text("as far as it went")
+        raise RuntimeError("I/O error: File too large (os error 27)")
     assert generation_of(tmp_path / "ios") == "1" and names(tmp_path) == ["ios"]
 
 
@@ -132,9 +139,10 @@ def test_unwritable_output_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"cannot be made: .*file is a file; choose another --out"):
         publish_one(tmp_path / "file" / "ios", "1")
-    with pytest.raises(UserError, match="cannot be written: Permission denied"), publishing(tmp_path / "ios", 1000) as working:
+    line = r"ios/weights\.bin cannot be written: Permission denied; choose another --out"
+    with pytest.raises(UserError, match=line), publishing(tmp_path / "ios", 1000) as working:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(working / "weights.bin"))
-    with pytest.raises(PermissionError), publishing(tmp_path / "ios", 1000):
+    with pytest.raises(UserError, match=r"^/somewhere/else: Permission denied$"), publishing(tmp_path / "ios", 1000):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/somewhere/else")
 
 
@@ -219,7 +227,8 @@ def _run_killed_at_line(line: int, place: Path, exchange: bool) -> bool:
 CHILD = """
 import signal, sys, time
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # one under nohup this
 sys.path.insert(0, {root!r})
 from export.publish import publishing
 from tests.export.test_publish import publish_one, write_bundle
@@ -256,7 +265,7 @@ def test_processes_killed_at_random_moments_leave_a_whole_bundle_or_none(tmp_pat
     assert generation_of(tmp_path / "ios") == "last" and names(tmp_path) == ["ios"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["interrupted", "terminated"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["interrupted", "terminated", "hung up"])
 def test_interrupted_process_leaves_the_old_bundle_and_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
     publish_one(tmp_path / "ios", "old")
     child = _start_child(HALF_WAY, tmp_path / "ios")

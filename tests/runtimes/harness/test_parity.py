@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from runtimes.bundle import BundleError, ComponentEntry, load_manifest, write_ma
 from runtimes.golden import Case, Drawing, read_cases, read_drawings, write_golden
 from runtimes.graph import Graph, GraphError
 from runtimes.harness import parity
-from runtimes.harness.parity import Report, check_artifact, compare_component, floor_of, psnr, verify_bundle
+from runtimes.harness.parity import Comparison, Report, check_artifact, compare_component, floor_of, psnr, verify_bundle
 from runtimes.registry import RUNTIMES, load_component
 from tests.bundles import TORCH, TorchGraph, load_torch, write_bundle
 from tests.models import SD35, load_reference, write_checkpoint
@@ -118,12 +119,37 @@ def test_faithful_bundle_passes_with_a_row_for_every_output(bundle: Path) -> Non
 
     fields = json.loads(report.to_json())
     assert fields["passed"] and len(fields["comparisons"]) == 10
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(report.table())
-    text = console.export_text()
+    text = shown(report, 80)
     assert "vae_decoder" in text and "—" in text and "passed" in text and "failed" not in text
     manifest = load_manifest(bundle)
     assert len(manifest.model_copy(update={"parity": report.to_entries()}).parity) == 10
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_table_shows_every_name_and_figure_whole(width: int) -> None:
+    def row(name: str, output: str, lowering: float | None, reason: str | None = None) -> Comparison:
+        return Comparison(name, "executorch", output, 1_234_567_890, 16.0, lowering, -math.inf, 40, reason)
+
+    components = ["text_encoder_2", "conditioner", "vae_decoder"]
+    rows = [row(name, "first", math.inf) for name in components] + [row("conditioner", "second", 123.46, "too low")]
+    latent = Comparison("image", "executorch", "final latent", None, None, None, 57.5, None, None)
+    image = Comparison("image", "executorch", "image", 3_234_567_890, 8.12, None, 44.4, 40, None)
+    report = Report("model", "android", (*rows, latent, image))
+    title, *lines = shown(report, width).splitlines()
+    assert title == "model for android" and max(map(len, lines)) <= 80
+    assert [line.split() for line in lines[3:]] == [
+        ["text_encoder_2", "executorch", "1,234.57", "16.00", "identical", "-inf", "40", "passed"],
+        ["conditioner", "executorch", "1,234.57", "16.00", "123.5", "-inf", "40", "failed"],  # its worst output
+        ["vae_decoder", "executorch", "1,234.57", "16.00", "identical", "-inf", "40", "passed"],
+        ["final", "latent", "executorch", "—", "—", "—", "57.5", "—", "passed"],
+        ["image", "executorch", "3,234.57", "8.12", "—", "44.4", "40", "passed"],
+    ]
+
+
+def shown(report: Report, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(report.table())
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines())
 
 
 class Disturbed:
