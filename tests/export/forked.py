@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 600  # seconds until a process that hangs is ended
+
 
 @dataclass(frozen=True)
 class Blow:
@@ -46,7 +48,8 @@ class Forks:
     def __init__(self, folder: Path, *first: object) -> None:
         self._output = folder / "output"
         command = [sys.executable, __file__]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a fork has none of the other threads
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         ended = self.run(*first)
         assert ended.code == 0, ended.shown
 
@@ -78,6 +81,7 @@ def _serve() -> None:
         elif child := os.fork():
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         else:
+            signal.alarm(_LONGEST)
             os._exit(_run(order))
         os.write(answers, f"{code}\n".encode())
 

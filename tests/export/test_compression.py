@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -78,15 +79,27 @@ def test_bytes_by_shape_equal_bytes_of_the_stored_weight(scheme: Scheme, rows: i
     assert schemes.stored_bytes(scheme, values.shape) == store("w", values, scheme).nbytes
 
 
-def test_allocation_spends_its_budget_where_it_helps_most() -> None:
-    def ladder(loss: float) -> list[allocation.Candidate]:
-        return [allocation.Candidate(IntegerScheme(4, 32), 50, loss), allocation.Candidate(IntegerScheme(8), 100, loss / 100)]
+ladders = st.lists(
+    st.lists(st.tuples(st.integers(1, 60), st.floats(0, 100)), min_size=1, max_size=4), min_size=1, max_size=5
+)
 
-    candidates = {"calm": ladder(1.0), "loud": ladder(9.0), "middle": ladder(4.0)}
-    assert allocation.allocate(candidates, 0) == dict.fromkeys(candidates, IntegerScheme(4, 32))
-    chosen = allocation.allocate(candidates, 250)
-    assert {name for name, scheme in chosen.items() if scheme == IntegerScheme(8)} == {"loud", "middle"}
-    assert allocation.allocate(candidates, 300) == dict.fromkeys(candidates, IntegerScheme(8))
+
+@settings(deadline=None, max_examples=60)
+@given(ladders, st.integers(0, 200))
+def test_allocation_is_the_best_of_all_within_the_budget(given_ladders: list[list[tuple[int, float]]], spare: int) -> None:
+    scheme = IntegerScheme(8)
+    candidates = {n: [allocation.Candidate(scheme, *pair) for pair in ladder] for n, ladder in enumerate(given_ladders)}
+    budget = sum(min(nbytes for nbytes, _ in ladder) for ladder in given_ladders) + spare
+    chosen = allocation.allocate(candidates, budget)
+    assert sum(option.nbytes for option in chosen.values()) <= budget
+    fitting = [c for c in itertools.product(*given_ladders) if sum(nbytes for nbytes, _ in c) <= budget]
+    best = min(sum(loss for _, loss in c) for c in fitting)
+    assert sum(option.loss for option in chosen.values()) <= best + 1e-3 * (best + 1)
+
+
+def test_allocation_refuses_a_budget_that_not_even_the_least_fit() -> None:
+    with pytest.raises(UserError, match="a budget of 99 bytes is too small: the least these weights take is 100"):
+        allocation.allocate({"w": [allocation.Candidate(IntegerScheme(8), 100, 1.0)]}, 99)
 
 
 def test_compressed_reference_holds_the_decompressed_weights_and_shares_the_rest() -> None:
