@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from export.compression.integers import quantize
-from export.compression.palettes import in_order, palettize
+from export.compression.palettes import palettize
+from export.compression.parallel import in_order
 from export.compression.schemes import FloatScheme, PaletteScheme, Recipe, Scheme
 from export.compression.stored import FloatWeight, StoredWeight
 from export.errors import UserError

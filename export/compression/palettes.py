@@ -13,20 +13,15 @@ J. Algorithms 12, 1991), from which follows all that makes the search fast:
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.compression.parallel import in_order
 from export.compression.stored import PALETTE_BITS, VECTOR_BITS, PaletteWeight
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Floats = NDArray[np.floating]
 Doubles = NDArray[np.float64]
 Singles = NDArray[np.float32]
@@ -119,24 +114,6 @@ def nearest_vectors(palette: Floats, values: Floats, weights: Floats | None = No
             closeness = np.concatenate((part * weight, weight), axis=1) @ factors
         indices[start:start + _CHUNK] = closeness.argmax(axis=1)
     return indices.reshape(values.shape[:-1])
-
-
-_worker = threading.local()
-
-
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None) -> Iterator[Result]:
-    """`work(item)` for every item, in the order of the items, on all cores (or `workers` threads); numpy and torch compute
-    outside the interpreter's lock. Inside of another `in_order` it computes in the thread that it is called from."""
-    threads = workers or os.cpu_count() or 1
-    if threads == 1 or getattr(_worker, "busy", False):
-        yield from map(work, items)
-        return
-
-    def mark() -> None:
-        _worker.busy = True
-
-    with ThreadPoolExecutor(threads, initializer=mark) as pool:
-        yield from pool.map(work, items)
 
 
 def _check(values: NDArray[np.float16], bits: int, vector: int, weights: Floats | None) -> None:

@@ -14,7 +14,6 @@ from hypothesis.extra import numpy as hnp
 
 from export.compression.palettes import (
     fit_palette,
-    in_order,
     nearest,
     nearest_vectors,
     optimal_intervals,
@@ -275,13 +274,6 @@ def test_the_number_of_workers_does_not_change_a_bit(scaled: bool, vector: int, 
         weight = palettize(values, 4, group=2, scaled=scaled, vector=vector)
         results.append((weight.palettes.tobytes(), weight.indices.tobytes(), scaled and weight.scales.tobytes()))  # type: ignore[union-attr]
     assert results[0] == results[1] == results[2]
-
-
-def test_work_in_order_keeps_its_order_passes_errors_on_and_does_not_nest_threads() -> None:
-    assert list(in_order(lambda item: item * item, range(50), workers=3)) == [item * item for item in range(50)]
-    assert list(in_order(lambda item: list(in_order(str, range(item), workers=2)), [2, 1], workers=2)) == [["0", "1"], ["0"]]
-    with pytest.raises(ZeroDivisionError):
-        list(in_order(lambda item: 1 / item, [1, 0, 2], workers=2))
 
 
 def test_nan_infinity_and_impossible_sizes_are_refused() -> None:
