@@ -22,8 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from export.commands import built_in
-from export.compression.allocation import recipe
-from export.compression.compress import compress
+from export.compression.rounding import round_module
 from export.console import NOWHERE, noise_to
 from export.planning import ExportOptions, make_plan
 from export.recording import run as run_eager
@@ -47,7 +46,7 @@ def timed(work: Callable[[], object]) -> float:
 def main(model: str | None, resolution: int | None, bits: int, rounds: int, json_file: Path | None) -> None:
     """Median time of each component in the executor and in eager torch, and the ratio of the paired runs."""
     size = (resolution, resolution) if resolution else None
-    plan = make_plan(TARGETS["ios"], ExportOptions(model or built_in(), resolution=size, bits=bits, chunks=1))
+    plan = make_plan(TARGETS["ios"], ExportOptions(model or built_in(), resolution=size, bits=bits, calibrate=False, chunks=1))
     (format,) = plan.formats
     rows = []
     for part in track(plan.parts, "components"):
@@ -61,7 +60,7 @@ def main(model: str | None, resolution: int | None, bits: int, rounds: int, json
             for spec in piece.inputs
         }
         with tempfile.TemporaryDirectory() as folder, noise_to(NOWHERE):
-            (artifact,) = format.emit(piece, module, compress(module, recipe(piece_plan, module)), Path(folder), plan.emit)
+            (artifact,) = format.emit(piece, module, round_module(module, piece_plan.settled), Path(folder), plan.emit)
             graph = load_executor(artifact.path)
             pairs = []
             for round_number in range(3 + rounds):

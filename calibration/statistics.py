@@ -55,10 +55,15 @@ class LayerStatistics:
     sensitivity: np.ndarray
     samples: int
 
+    @property
+    def is_lookup(self) -> bool:
+        """Whether the weight is an embedding, whose inputs are rows to look up."""
+        return self.moments.ndim == 1
+
     def damage(self, error: np.ndarray) -> float:
         """What an error of the weight, of its shape, does to the final latents (or the picture), as said above."""
         error = error.astype(np.float32)
-        if self.moments.ndim == 1:
+        if self.is_lookup:
             return float(self.moments @ np.square(error) @ self.sensitivity)
         error = error.reshape(len(self.sensitivity), -1)
         return float(self.sensitivity @ ((error @ self.moments) * error).sum(axis=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +27,79 @@ def command() -> None:
     \b
     export-flash --target ios|android|all [--model ...]   makes bundles (see: export-flash export --help)
     export-flash generate BUNDLE "a prompt"                draws a picture from a bundle
+    export-flash analyze --out recipe.json                 chooses how each weight is stored
     export-flash verify BUNDLE                             runs and compares every artifact
     export-flash inspect BUNDLE                            says what a bundle holds
     """
 
 
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several click options as one decorator, in the order in which --help shows them."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_file = click.Path(path_type=Path)
+_of_the_model = _options(
+    click.option("--model", metavar="FOLDER|HUB_ID|FILE", help="Folder, hub id or .safetensors file [flash-mini]."),
+    click.option("--tokenizer", type=_file, help="Folder of tokenizer/ and tokenizer_2/, for a file."),
+)
+_of_the_graphs = _options(
+    click.option("--steps", type=int, help="Denoising steps; the checkpoint carries the sigmas of its own [4]."),
+    click.option("--sigmas", help='Explicit noise levels, ending in 0: "1 0.9 0.75 0.5 0".'),
+    click.option("--resolution", help="Pixels, 512 or WIDTHxHEIGHT [the model's own]."),
+    click.option(
+        "--contract", type=click.Choice(["flash", "diffusers"]), default="flash", show_default=True, help="Graph inputs."
+    ),
+    click.option("--deployment-target", default="iOS18", show_default=True, help="Core ML: iOS17 or iOS18."),
+    click.option("--format", "formats", multiple=True, help="Only these formats of the target: coreml, onnx, executorch."),
+    click.option("--component", "components", multiple=True, help="Only these components."),
+)
+_of_the_weights = _options(
+    click.option("--bits", type=float, help="Mean bits of a weight, 16 for none compressed [ios 6, android 8]."),
+    click.option("--size-budget", help="Instead: bytes of the weights of each format, such as 1.2GB."),
+    click.option("--preset", help="Instead: best, balanced or small."),
+    click.option("--calibration/--no-calibration", default=True, show_default=True, help="Choose and round by what errors do."),
+    click.option("--calibration-prompts", type=_file, help="A prompt a line [64 of the checkpoint's kind]."),
+    click.option("--calibration-images", type=_file, help="Safetensors with clean `latents` of those prompts."),
+    click.option("--calibration-device", help="cpu, cuda or mps [the best there is]."),
+)
+
+
 @command.command()
 @click.option("--target", type=click.Choice(["ios", "android", "all"]), required=True, help="What the bundle is for.")
-@click.option("--model", metavar="FOLDER|HUB_ID|FILE", help="Folder, hub id or .safetensors file [flash-mini].")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of tokenizer/ and tokenizer_2/, for a file.")
-@click.option("--out", type=click.Path(path_type=Path), help="Where bundles go [./bundles/<model name>].")
-@click.option("--steps", type=int, help="Denoising steps; the checkpoint carries the sigmas of its own [4].")
-@click.option("--sigmas", help='Explicit noise levels, ending in 0: "1 0.9 0.75 0.5 0".')
-@click.option("--resolution", help="Pixels, 512 or WIDTHxHEIGHT [the model's own].")
-@click.option("--bits", type=int, help="Mean bits of a weight: 16, 8 or 6 [ios 6, android 8].")
-@click.option("--contract", type=click.Choice(["flash", "diffusers"]), default="flash", show_default=True, help="Graph inputs.")
-@click.option("--deployment-target", default="iOS17", show_default=True, help="Core ML: iOS17 or iOS18.")
-@click.option("--format", "formats", multiple=True, help="Only these formats of the target: coreml, onnx, executorch.")
-@click.option("--component", "components", multiple=True, help="Only these components.")
+@_of_the_model
+@click.option("--out", type=_file, help="Where bundles go [./bundles/<model name>].")
+@_of_the_graphs
+@_of_the_weights
+@click.option("--recipe", type=_file, help="Instead: the choices in a file of export-flash analyze.")
 @click.option("--chunks", default="auto", show_default=True, help="Pieces of the transformer: auto or a number.")
 @click.option("--rewrite/--no-rewrite", "rewrite", default=True, show_default=True, help="All exact rewrites on or off.")
 @click.option("--without", multiple=True, help="Leave out one exact rewrite, such as fold_null_tokens.")
 @click.option("--dry-run", is_flag=True, help="Print what would be made and every refusal; read no weights.")
 def export(**given: Any) -> None:
-    """Makes a bundle: traces, compresses, writes, runs and compares every component."""
+    """Makes a bundle: calibrates, traces, compresses, writes, runs and compares every component."""
     from export import commands
 
     commands.run_export(**given)
+
+
+@command.command()
+@click.option("--target", type=click.Choice(["ios", "android", "all"]), default="all", show_default=True, help="For whom.")
+@_of_the_model
+@click.option("--out", type=_file, default=Path("recipe.json"), show_default=True, help="The recipe.")
+@_of_the_graphs
+@_of_the_weights
+def analyze(**given: Any) -> None:
+    """Chooses how each weight is stored and writes the choices, with their evidence, for `export --recipe`."""
+    from export import commands
+
+    commands.run_analyze(**given)
 
 
 @command.command()
@@ -101,12 +147,13 @@ def main(args: Sequence[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped; nothing half-made was left", 130)
     except Exception as error:
+        from calibration.errors import CalibrationError
         from export.errors import UserError
         from runtimes.bundle import BundleError
         from runtimes.graph import GraphError
         from runtimes.tokenizer import TokenizerError
 
-        if not isinstance(error, (UserError, BundleError, GraphError, TokenizerError)):
+        if not isinstance(error, (UserError, CalibrationError, BundleError, GraphError, TokenizerError)):
             raise
         _fail(str(error), 2)
 

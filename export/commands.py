@@ -7,11 +7,15 @@ import re
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from export.console import NOWHERE, StageBars, noise_to, plan_table, say
+from export.analysis import analyze
+from export.budgets import parse_size
+from export.calibrating import CalibrationOptions
+from export.console import NOWHERE, StageBars, noise_to, plan_table, recipe_table, say
 from export.errors import UserError
 from export.exporter import export
 from export.families.family import Contract
@@ -28,46 +32,9 @@ from runtimes.tables import compact_table, megabytes
 BUILT_IN = "flash-mini"
 
 
-def run_export(
-    *,
-    target: str,
-    model: str | None,
-    tokenizer: Path | None,
-    out: Path | None,
-    steps: int | None,
-    sigmas: str | None,
-    resolution: str | None,
-    bits: int | None,
-    contract: Contract,
-    deployment_target: str,
-    formats: tuple[str, ...],
-    components: tuple[str, ...],
-    chunks: str,
-    rewrite: bool,
-    without: tuple[str, ...],
-    dry_run: bool,
-) -> None:
+def run_export(*, target: str, out: Path | None, dry_run: bool, **given: Any) -> None:
     """Plans every target before any is made; exit code 1 where a parity gate fails."""
-    options = ExportOptions(
-        model=model or built_in(),
-        tokenizer=tokenizer,
-        steps=steps,
-        sigmas=_sigmas(sigmas),
-        resolution=_resolution(resolution),
-        bits=bits,
-        contract=contract,
-        rewrites=_rewrites(contract, rewrite, without),
-        deployment_target=deployment_target,
-        formats=formats,
-        components=components,
-        chunks=_chunks(chunks),
-    )
-    targets = _targets(target, formats)
-    with noise_to(NOWHERE):  # their imports have much to say; a download of the checkpoint shows its own progress
-        for t in targets:
-            for name in choose_formats(t, formats):
-                load_format(name)
-    plans = [make_plan(t, options) for t in targets]
+    plans = _plans(target, _export_options(**given))
     folder = out or Path("bundles") / plans[0].checkpoint.name
     for plan in plans:
         check_place(folder / plan.target.name, plan.needed_bytes)
@@ -79,13 +46,80 @@ def run_export(
         for note in notes:
             say(console, f"note: {note}")
         return
-    _check_writable(folder)
+    _check_writable(folder / "export.log")
     with noise_to(folder / "export.log") as console:
         for note in notes:
             say(console, f"note: {note}")
         failed = [plan.target.name for plan in plans if not _export_one(plan, folder / plan.target.name, console)]
     if failed:
         sys.exit(1)
+
+
+def run_analyze(*, target: str, out: Path, **given: Any) -> None:
+    """Writes the recipe of every format of the targets. Raises `UserError` where there is nothing to choose."""
+    plans = _plans(target, _export_options(**given, chunks="auto", rewrite=True, without=(), recipe=None))
+    if all(plan.calibration is None for plan in plans):
+        raise UserError("there is nothing to analyze: give --bits below 16, and no --no-calibration")
+    _check_writable(out.with_suffix(".log"))
+    with noise_to(out.with_suffix(".log")) as console:
+        with StageBars(console) as bars:
+            found = analyze(plans, bars)
+        found.save(out)
+        console.print(recipe_table(found))
+        say(console, f"{out}: export-flash --target {target} --recipe {out}")
+
+
+def _export_options(
+    *,
+    model: str | None,
+    tokenizer: Path | None,
+    steps: int | None,
+    sigmas: str | None,
+    resolution: str | None,
+    bits: float | None,
+    size_budget: str | None,
+    preset: str | None,
+    recipe: Path | None,
+    calibration: bool,
+    calibration_prompts: Path | None,
+    calibration_images: Path | None,
+    calibration_device: str | None,
+    contract: Contract,
+    deployment_target: str,
+    formats: tuple[str, ...],
+    components: tuple[str, ...],
+    chunks: str,
+    rewrite: bool,
+    without: tuple[str, ...],
+) -> ExportOptions:
+    return ExportOptions(
+        model=model or built_in(),
+        tokenizer=tokenizer,
+        steps=steps,
+        sigmas=_sigmas(sigmas),
+        resolution=_resolution(resolution),
+        bits=bits,
+        size_budget=None if size_budget is None else parse_size(size_budget),
+        preset=preset,
+        recipe=recipe,
+        calibrate=calibration,
+        calibration=CalibrationOptions(calibration_prompts, calibration_images, calibration_device),
+        contract=contract,
+        rewrites=_rewrites(contract, rewrite, without),
+        deployment_target=deployment_target,
+        formats=formats,
+        components=components,
+        chunks=_chunks(chunks),
+    )
+
+
+def _plans(target: str, options: ExportOptions) -> list[ExportPlan]:
+    targets = _targets(target, options.formats)
+    with noise_to(NOWHERE):  # their imports have much to say; a download of the checkpoint shows its own progress
+        for t in targets:
+            for name in choose_formats(t, options.formats):
+                load_format(name)
+    return [make_plan(t, options) for t in targets]
 
 
 def _targets(target: str, formats: tuple[str, ...]) -> list[Target]:
@@ -189,13 +223,13 @@ def _show(console: Console, report: Report) -> None:
         say(console, f"failed {failure}", "red")
 
 
-def _check_writable(folder: Path) -> None:
+def _check_writable(log: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "export.log").open("a"):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a"):
             pass
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from error
+        raise UserError(f"--out {log.parent} cannot be written: {error.strerror}; choose another folder") from error
 
 
 def _resolution(text: str | None) -> tuple[int, int] | None:

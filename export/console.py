@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 import warnings
@@ -20,7 +21,8 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from export.compression.schemes import Scheme
+from export.compression.recipe import RecipeFile
+from export.compression.schemes import Scheme, stored_bytes
 from export.describing import describe_scheme
 from export.planning import ExportPlan
 from runtimes.tables import compact_table, megabytes
@@ -96,7 +98,32 @@ def plan_table(plan: ExportPlan) -> Table:
     return table
 
 
+def recipe_table(found: RecipeFile) -> Table:
+    """What an analysis chose: bits and loss by component, and of each format the loss predicted and measured."""
+    title = f"{found.model}: what storing the weights costs the final latents"
+    table = compact_table(title, ("component", "format"), ("MB", "bits", "loss"), "most used schemes")
+    for format, recipe in found.formats.items():
+        for component, weights in recipe.components.items():
+            nbytes = sum(stored_bytes(choice.scheme.scheme(), choice.shape) for choice in weights.values())
+            count = sum(math.prod(choice.shape) for choice in weights.values())
+            schemes = Counter[str]()
+            for choice in weights.values():
+                if choice.weighed:
+                    schemes[describe_scheme(choice.scheme.scheme())] += math.prod(choice.shape)
+            words = "\n".join(f"{share / count:.0%} {name}" for name, share in schemes.most_common(3))
+            loss = sum(choice.loss for choice in weights.values())
+            table.add_row(component, format, megabytes(nbytes), f"{8 * nbytes / count:.2f}", f"{loss:.1e}", words)
+        table.add_section()
+        for name, figure in (("predicted", recipe.predicted_loss), ("measured", recipe.measured_loss)):
+            shown = "" if figure is None else f"{figure:.1e}"
+            table.add_row(name, format, megabytes(recipe.bytes), f"{recipe.mean_bits:.2f}", shown, "")
+        table.add_section()
+    return table
+
+
 def _candidates(schemes: tuple[Scheme, ...]) -> str:
+    if len(schemes) > 2:
+        return f"one of {len(schemes)}, by calibration"
     return " or ".join(describe_scheme(scheme) for scheme in schemes)
 
 

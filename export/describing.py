@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from export.compression.recipe import FormatRecipe
 from export.compression.schemes import FloatScheme, PaletteScheme, Scheme
 from export.compression.stored import FloatWeight, IntegerWeight, PaletteWeight, StoredWeight
 from export.formats.format import Artifact
+from export.measuring import Loss
 from export.planning import ExportPlan, Part
 from export.recording import entries
 from runtimes.bundle import (
@@ -19,6 +21,7 @@ from runtimes.bundle import (
     FileEntry,
     ImageSize,
     LicenceEntry,
+    LossEntry,
     Manifest,
     ModelEntry,
     RecipeEntry,
@@ -100,11 +103,34 @@ def describe_scheme(scheme: Scheme) -> str:
     return f"integers {scheme.bits} bit" + (f", blocks of {scheme.block}" if scheme.block else "")
 
 
+def make_recipe_entry(
+    plan: ExportPlan, recipes: Mapping[str, FormatRecipe], losses: Mapping[str, Loss], schemes: Sequence[SchemeUse]
+) -> RecipeEntry:
+    """What the weights are stored as, and what it costs the pictures."""
+    return RecipeEntry(
+        name=plan.budget.name.removeprefix("--"),
+        bits=plan.budget.bits or max(recipe.mean_bits for recipe in recipes.values()),
+        calibrated=plan.calibration is not None,
+        schemes=tuple(schemes),
+        losses=tuple(
+            LossEntry(
+                format=name,
+                prompts=found.prompts,
+                predicted=recipes[name].predicted_loss,
+                measured=found.latents,
+                latents=found.latents_psnr,
+                image=found.image_psnr,
+            )
+            for name, found in losses.items()
+        ),
+    )
+
+
 def make_manifest(
     folder: Path,
     plan: ExportPlan,
     components: Sequence[ComponentEntry],
-    schemes: Sequence[SchemeUse],
+    recipe: RecipeEntry,
     golden: GoldenEntry,
     fingerprint: str,
     tokenizers: Mapping[str, Tokenizer],
@@ -132,7 +158,7 @@ def make_manifest(
             )
             for name, tokenizer in tokenizers.items()
         ),
-        recipe=RecipeEntry(name=f"uniform-{plan.bits}", bits=plan.bits, schemes=tuple(schemes)),
+        recipe=recipe,
         golden=golden,
         licence=LicenceEntry(
             name=checkpoint.licence or "unstated",

@@ -1,34 +1,33 @@
-"""The steps of an export, in their order: reference pictures, then component by component weights, golden cases, artifacts;
-then the manifest, the parity gate, and publication."""
+"""The steps of an export, in their order: calibration, the recipe, reference pictures, then component by component weights,
+golden cases, artifacts; then the manifest, the parity gate, and publication."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from torch import nn
-
 from calibration.prompts import golden_prompts
-from export.compression.allocation import recipe
-from export.compression.compress import compress
-from export.compression.stored import IntegerWeight, StoredWeight
-from export.describing import component_entry, make_manifest, scheme_uses
+from calibration.statistics import Statistics
+from export.choosing import recipe_file, settle, with_measured
+from export.compressing import Compressed, Trials, compressed, contract_of, statistics_for
+from export.compression.recipe import FormatRecipe
+from export.describing import component_entry, make_manifest, make_recipe_entry, scheme_uses
 from export.diffusers_layout import write_layout
-from export.formats.format import Format
-from export.planning import ExportPlan, Part
+from export.measuring import Loss
+from export.planning import ExportPlan
 from export.progress import Progress
 from export.publish import GateFailed, publishing
 from export.recording import Recorder, entries
 from export.reference import draw, reference_pipeline
 from runtimes.bundle import ComponentEntry, FileEntry, Manifest, SchemeUse, describe_files, write_manifest
-from runtimes.conditioning import NAMES, Contract
 from runtimes.golden import Case, Drawing, write_golden
 from runtimes.harness.parity import Report, verify_bundle
 from runtimes.pipeline import Pipeline, to_image
 from runtimes.registry import RUNTIMES
+
+RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,15 @@ def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
         progress.stage("checkpoint", 1)
         progress.step("fingerprint")
         fingerprint = plan.checkpoint.fingerprint()
+        statistics = statistics_for(plan, progress, fingerprint)
+        recipes = settle(plan, statistics, progress)
         drawings = _draw(plan, progress)
-        made = _components(folder, plan, drawings, progress)
+        trials = Trials(plan, golden_prompts(plan.checkpoint.flash, plan.measured_prompts))
+        made = _components(folder, plan, compressed(plan, recipes, statistics, progress, "components"), drawings, trials)
+        losses = trials.losses()
+        _write_recipe(folder, plan, fingerprint, recipes, losses, statistics)
         _copy_texts(folder, plan)
-        others = _pictures(folder, drawings)
+        others = (*_pictures(folder, drawings), *describe_files(folder, [RECIPE]))
         if plan.graph.contract == "diffusers" and any(format.name == "onnx" for format in plan.formats):
             others = (*others, *write_layout(folder, plan.checkpoint))
         cases = {part.name: made[part.name].cases for part in plan.parts if part.name in plan.exported}
@@ -61,7 +65,7 @@ def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
             folder,
             plan,
             [entry for item in made.values() for entry in item.entries],
-            [use for item in made.values() for use in item.schemes],
+            make_recipe_entry(plan, recipes, losses, [use for item in made.values() for use in item.schemes]),
             write_golden(folder, cases, drawings),
             fingerprint,
             plan.tokenizers,
@@ -89,66 +93,48 @@ def _draw(plan: ExportPlan, progress: Progress) -> list[Drawing]:
     return drawings
 
 
-def _components(folder: Path, plan: ExportPlan, drawings: Sequence[Drawing], progress: Progress) -> dict[str, Made]:
-    """Every component in the order of use; one in memory at a time."""
-    layout = plan.family.latent_layout(plan.graph)
-    scaled = plan.graph.rewrites.latent_scale_in_decoder
-    contract = Contract(NAMES[plan.graph.contract], scaled, layout, plan.graph.sigmas)
+def _components(
+    folder: Path, plan: ExportPlan, components: Iterator[Compressed], drawings: Sequence[Drawing], trials: Trials
+) -> dict[str, Made]:
+    """Every component in the order of use: golden cases, artifacts, and what its stored weights change in the pictures."""
     transformer = next(part for part in plan.parts if part.name == "transformer")
     pair = [plan.tokenizers["tokenizer"], plan.tokenizers["tokenizer_2"]]
-    recorder = Recorder(contract, pair, drawings, entries(transformer.pieces[0].inputs))
-    progress.stage("components", len(plan.parts) * (1 + len(plan.formats)))
+    recorder = Recorder(contract_of(plan), pair, drawings, entries(transformer.pieces[0].inputs))
     made = {}
-    for part in plan.parts:
-        progress.step(f"{part.name}: weights")
-        modules = [piece.load(plan.checkpoint) for piece in part.pieces]
-        made[part.name] = _component(folder, plan, part, modules, recorder, progress)
-    return {name: item for name, item in made.items() if name in plan.exported}
+    for component in components:
+        references = {format.name: component.references(format) for format in plan.formats}
+        cases = recorder.record(component.part.name, component.original, {k: v for k, v in references.items() if v})
+        trials.advance(component, references)
+        if component.part.name in plan.exported:
+            made[component.part.name] = _emit(folder, plan, component, cases)
+    return made
 
 
-def _component(
-    folder: Path, plan: ExportPlan, part: Part, modules: list[nn.Module], recorder: Recorder, progress: Progress
-) -> Made:
-    original = list(zip(part.pieces, modules, strict=True))
-    if part.name not in plan.exported:
-        recorder.record(part.name, original, {})
-        return Made((), (), ())
-    entries, uses, compressed = [], list[SchemeUse](), {}
+def _emit(folder: Path, plan: ExportPlan, component: Compressed, cases: Sequence[Case]) -> Made:
+    part, entries, uses = component.part, [], list[SchemeUse]()
     for format in plan.formats:
-        progress.step(f"{part.name}: {format.name}")
-        stored = [compress(m, recipe(p, m)) for m, p in zip(modules, part.plans[format.name], strict=True)]
-        if not _is_exact(modules, stored):
-            references = [format.reference(m, s) for m, s in zip(modules, stored, strict=True)]
-            compressed[format.name] = list(zip(part.pieces, references, strict=True))
-        entries.append(_emit(folder, plan, part, modules, stored, format))
+        stored = component.stored[format.name]
+        artifacts = [
+            artifact
+            for piece, module, weights in zip(part.pieces, component.modules, stored, strict=True)
+            for artifact in format.emit(piece, module, weights, folder, plan.emit)
+        ]
+        entries.append(component_entry(folder, plan, part, artifacts, stored))
         uses += scheme_uses(part.name, format.name, stored)
-    cases = recorder.record(part.name, original, compressed)
     return Made(tuple(entries), tuple(uses), tuple(cases))
 
 
-def _emit(
+def _write_recipe(
     folder: Path,
     plan: ExportPlan,
-    part: Part,
-    modules: Sequence[nn.Module],
-    stored: Sequence[Mapping[str, StoredWeight]],
-    format: Format,
-) -> ComponentEntry:
-    artifacts = [
-        artifact
-        for piece, module, weights in zip(part.pieces, modules, stored, strict=True)
-        for artifact in format.emit(piece, module, weights, folder, plan.emit)
-    ]
-    return component_entry(folder, plan, part, artifacts, stored)
-
-
-def _is_exact(modules: Sequence[nn.Module], stored: Sequence[Mapping[str, StoredWeight]]) -> bool:
-    """Whether the stored weights are the originals, so that the original is its own compressed reference."""
-    return all(
-        not isinstance(weight, IntegerWeight) and np.array_equal(weight.dequantize(), module.get_parameter(name).numpy())
-        for module, weights in zip(modules, stored, strict=True)
-        for name, weight in weights.items()
-    )
+    fingerprint: str,
+    recipes: Mapping[str, FormatRecipe],
+    losses: Mapping[str, Loss],
+    statistics: Statistics | None,
+) -> None:
+    """recipe.json, which `--recipe` takes."""
+    prompts = None if statistics is None else len(statistics.subject.prompts)
+    recipe_file(plan, fingerprint, with_measured(recipes, losses), prompts).save(folder / RECIPE)
 
 
 def _copy_texts(folder: Path, plan: ExportPlan) -> None:

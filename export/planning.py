@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from export.budgets import Budget, check_uncalibrated, choose_budget
+from export.calibrating import CalibrationOptions
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.components.component import Component, check_weights
-from export.compression.schemes import Plan, Scheme, plan, weight_infos
+from export.compression.ladders import ladder
+from export.compression.recipe import RecipeFile, check_fits, read_recipe
+from export.compression.schemes import FloatScheme, Plan, Scheme, WeightInfo, plan, weight_infos
 from export.errors import UserError
 from export.families import read_family
 from export.families.family import Contract, Family, GraphOptions
@@ -18,28 +22,36 @@ from export.sigmas import choose_sigmas
 from export.targets import Target, choose_formats, load_format
 from runtimes.tokenizer import Tokenizer
 
-BITS = (16, 8, 6)
 # Golden cases and graphs beside the stored weights, and what formats write on the way.
 SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What a user asks of one target. None: the checkpoint's or the target's own."""
+    """What a user asks of one target. None: the checkpoint's or the target's own.
+
+    bits, size_budget (bytes), preset and recipe are four ways to say how large it may get: at most one of them.
+    """
 
     model: str
     tokenizer: Path | None = None
     steps: int | None = None
     sigmas: tuple[float, ...] | None = None
     resolution: tuple[int, int] | None = None
-    bits: int | None = None
+    bits: float | None = None
+    size_budget: int | None = None
+    preset: str | None = None
+    recipe: Path | None = None
+    calibrate: bool = True
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     contract: Contract = "flash"
     rewrites: Rewrites | None = None
-    deployment_target: str = "iOS17"
+    deployment_target: str = "iOS18"
     formats: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
     chunks: int | None = None
     golden_prompts: int = 2
+    measured_prompts: int = 4
 
 
 @dataclass(frozen=True)
@@ -53,22 +65,36 @@ class Part:
     def expected_bytes(self, format: str) -> int:
         return sum(piece.expected_bytes() for piece in self.plans[format])
 
+    def with_mean_bits(self, bits: Mapping[str, float]) -> Part:
+        """The same, with what weights that have a choice are going to take on average, by format."""
+        plans = {format: tuple(replace(plan, mean_bits=bits[format]) for plan in found) for format, found in self.plans.items()}
+        return replace(self, plans=plans)
+
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that is settled before the long work begins."""
+    """Everything that is settled before the long work begins.
+
+    budgets: by format, bytes for the weights that have a choice
+    calibration: None where nothing is going to be calibrated
+    recipe: choices made before, which leave none
+    """
 
     target: Target
     checkpoint: Checkpoint
     family: Family
     graph: GraphOptions
     emit: EmitOptions
-    bits: int
+    budget: Budget
+    budgets: Mapping[str, int]
+    recipe: RecipeFile | None
+    calibration: CalibrationOptions | None
     formats: tuple[Format, ...]
     parts: tuple[Part, ...]
     exported: frozenset[str]
     tokenizers: Mapping[str, Tokenizer]
     golden_prompts: int
+    measured_prompts: int
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -86,9 +112,7 @@ class ExportPlan:
 def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
     """Opens the checkpoint and plans. Raises `UserError` with every reason to refuse, one a line."""
     formats = tuple(load_format(name) for name in choose_formats(target, options.formats))
-    bits = target.default_bits if options.bits is None else options.bits
-    if bits not in BITS:
-        raise UserError(_refuse_bits(bits, formats))
+    recipe, budget = _asked(target, options)
     checkpoint = open_checkpoint(options.model, options.tokenizer)
     family = read_family(checkpoint)
     sigmas = choose_sigmas(checkpoint, options.steps, options.sigmas)
@@ -97,11 +121,14 @@ def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
     graph = GraphOptions(width, height, sigmas.values, options.contract, rewrites, options.chunks or 1)
     components = family.components(graph)
     check_weights(checkpoint, components)
-    parts = _parts(components, formats, bits)
+    exported = _chosen(options.components, list(dict.fromkeys(_owner(component) for component in components)))
+    schemes = _Schemes(options, budget, recipe)
+    parts, budgets = _parts(components, formats, exported, schemes)
     while options.chunks is None and rewrites.hoist_conditioner and _largest_chunk(parts) > target.chunk_bytes:
         graph = replace(graph, chunks=graph.chunks + 1)
-        parts = _parts(family.components(graph), formats, bits)
-    exported = _chosen(options.components, [part.name for part in parts])
+        parts, budgets = _parts(family.components(graph), formats, exported, schemes)
+    if recipe is not None:
+        _check_recipe(recipe, parts, exported, formats)
     licence = checkpoint.licence or "see the checkpoint's own terms"
     emit = EmitOptions(options.deployment_target, author=checkpoint.name, licence=licence, version="1")
     reasons = [
@@ -117,13 +144,70 @@ def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
         raise UserError("\n".join(dict.fromkeys(reasons)))
     tokenizers = {name: Tokenizer.from_checkpoint(path) for name, path in checkpoint.tokenizers.items()}
     notes = (*checkpoint.notes, *([sigmas.note] if sigmas.note else []))
+    calibrates = options.calibrate and any(_compresses(part) for part in parts if part.name in exported)
     return ExportPlan(
-        target, checkpoint, family, graph, emit, bits, formats, parts, exported, tokenizers, options.golden_prompts, notes
+        target,
+        checkpoint,
+        family,
+        graph,
+        emit,
+        budget,
+        budgets,
+        recipe,
+        options.calibration if calibrates else None,
+        formats,
+        parts,
+        exported,
+        tokenizers,
+        options.golden_prompts,
+        options.measured_prompts,
+        notes,
     )
 
 
-def _parts(components: tuple[Component, ...], formats: tuple[Format, ...], bits: int) -> tuple[Part, ...]:
-    return tuple(_part(name, components, formats, bits) for name in dict.fromkeys(_owner(c) for c in components))
+def _asked(target: Target, options: ExportOptions) -> tuple[RecipeFile | None, Budget]:
+    """The recipe, or how much the weights may take."""
+    if not options.calibrate and options.calibration != CalibrationOptions():
+        raise UserError("--no-calibration leaves nothing for --calibration-... to do; leave out one or the other")
+    if options.recipe is not None:
+        if options.bits is not None or options.size_budget is not None or options.preset is not None:
+            raise UserError("--recipe has made the choice that --bits, --size-budget and --preset ask for; give one of them")
+        return read_recipe(options.recipe), Budget(f"--recipe {options.recipe}")
+    budget = choose_budget(target, options.bits, options.size_budget, options.preset)
+    if not options.calibrate:
+        check_uncalibrated(budget)
+    return None, budget
+
+
+@dataclass(frozen=True)
+class _Schemes:
+    """Which schemes a weight may have."""
+
+    options: ExportOptions
+    budget: Budget
+    recipe: RecipeFile | None
+
+    def plan(self, component: str, infos: tuple[WeightInfo, ...], format: str) -> Plan:
+        bits = self.budget.bits or 16.0
+        if self.recipe is not None:
+            chosen = self.recipe.schemes(format, component)
+            return Plan(infos, {info.name: (chosen.get(info.name, FloatScheme(16)),) for info in infos})
+        if not (self.options.calibrate and self.budget.compresses):
+            return plan(infos, format, int(bits))
+        return Plan(infos, {info.name: ladder(info, format, self.options.deployment_target) for info in infos}, bits)
+
+
+def _parts(
+    components: tuple[Component, ...], formats: tuple[Format, ...], exported: frozenset[str], schemes: _Schemes
+) -> tuple[tuple[Part, ...], dict[str, int]]:
+    """The parts, and by format the bytes for the weights that have a choice."""
+    parts = tuple(_part(name, components, formats, schemes) for name in dict.fromkeys(_owner(c) for c in components))
+    budgets, spread = dict[str, int](), dict[str, float]()
+    for format in (format.name for format in formats):
+        plans = [plan for part in parts if part.name in exported for plan in part.plans[format]]
+        budgets[format] = schemes.budget.spend(plans, format) if any(plan.is_open for plan in plans) else 0
+        spread[format] = 8 * budgets[format] / max(1, sum(info.count for plan in plans for info in plan.undecided))
+    return tuple(part.with_mean_bits(spread) for part in parts), budgets
 
 
 def _largest_chunk(parts: tuple[Part, ...]) -> int:
@@ -132,10 +216,30 @@ def _largest_chunk(parts: tuple[Part, ...]) -> int:
     return max(piece.expected_bytes() for plans in transformer.plans.values() for piece in plans)
 
 
-def _part(name: str, components: tuple[Component, ...], formats: tuple[Format, ...], bits: int) -> Part:
+def _part(name: str, components: tuple[Component, ...], formats: tuple[Format, ...], schemes: _Schemes) -> Part:
     pieces = tuple(component for component in components if _owner(component) == name)
     infos = [weight_infos(piece.blank()) for piece in pieces]
-    return Part(name, pieces, {format.name: tuple(plan(info, format.name, bits) for info in infos) for format in formats})
+    return Part(name, pieces, {f.name: tuple(schemes.plan(name, info, f.name) for info in infos) for f in formats})
+
+
+def _check_recipe(recipe: RecipeFile, parts: tuple[Part, ...], exported: frozenset[str], formats: tuple[Format, ...]) -> None:
+    for format in formats:
+        shapes = {
+            part.name: {info.name: info.shape for plan in part.plans[format.name] for info in plan.weights}
+            for part in parts
+            if part.name in exported
+        }
+        check_fits(recipe, shapes, format.name)
+
+
+def _compresses(part: Part) -> bool:
+    return any(
+        not isinstance(scheme, FloatScheme)
+        for plans in part.plans.values()
+        for plan in plans
+        for schemes in plan.candidates.values()
+        for scheme in schemes
+    )
 
 
 def _recipes(plan: Plan) -> list[dict[str, Scheme]]:
@@ -153,9 +257,3 @@ def _chosen(wanted: tuple[str, ...], known: list[str]) -> frozenset[str]:
         if name not in known:
             raise UserError(f"--component {name} is none of this export; choose from {', '.join(known)}")
     return frozenset(wanted or known)
-
-
-def _refuse_bits(bits: int, formats: tuple[Format, ...]) -> str:
-    if any(format.name == "coreml" for format in formats) and bits not in (1, 2, 3, 4, 6, 8, 16):
-        return f"--bits {bits} is not a Core ML palette size; choose from {', '.join(map(str, BITS))}"
-    return f"--bits {bits} is not offered; choose from {', '.join(map(str, BITS))}"

@@ -11,14 +11,17 @@ from export.formats.format import Format
 
 @dataclass(frozen=True)
 class Target:
-    """One value of --target. `compute_units` is advice for Core ML by component, "ALL" where it says nothing.
+    """One value of --target.
+
+    presets: mean bits of a weight by name; compute_units: advice for Core ML by component, "ALL" where it says nothing.
 
     chunk_bytes: the transformer is cut into pieces until each is expected to be at most this large.
     """
 
     name: str
     formats: tuple[str, ...]
-    default_bits: int
+    default_bits: float
+    presets: Mapping[str, float]
     chunk_bytes: int
     compute_units: Mapping[str, str] = field(default_factory=dict)
 
@@ -32,6 +35,7 @@ TARGETS = {
             "ios",
             ("coreml",),
             default_bits=6,
+            presets={"best": 8, "balanced": 6, "small": 4.5},
             chunk_bytes=1_000_000_000,
             compute_units={
                 "text_encoder": "CPU_AND_NE",
@@ -40,7 +44,13 @@ TARGETS = {
                 "transformer": "CPU_AND_NE",
             },
         ),
-        Target("android", ("onnx", "executorch"), default_bits=8, chunk_bytes=2_000_000_000),
+        Target(
+            "android",
+            ("onnx", "executorch"),
+            default_bits=8,
+            presets={"best": 8.5, "balanced": 6.5, "small": 5},
+            chunk_bytes=2_000_000_000,
+        ),
     )
 }
 

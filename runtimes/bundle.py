@@ -232,10 +232,23 @@ class SchemeUse(_Model):
     bytes: int = Field(ge=0)
 
 
+class LossEntry(_Model):
+    """What storing the weights of one format costs the pictures, all components together, from the same noise."""
+
+    format: str
+    prompts: int = Field(gt=0, description="that were drawn")
+    predicted: float | None = Field(ge=0, description="squared error of the final latents over their variance, by calibration")
+    measured: float = Field(ge=0, description="the same, of latents drawn with the stored weights")
+    latents: Decibels = Field(description="PSNR of the final latents")
+    image: Decibels = Field(description="PSNR of the pictures")
+
+
 class RecipeEntry(_Model):
-    name: str
-    bits: int = Field(gt=0, description="what --bits said")
+    name: str = Field(description='what was asked for, such as "6 mean bits", "size budget" or "recipe file"')
+    bits: float = Field(gt=0, description="mean bits asked for; of a size budget or a recipe file, those that came of it")
+    calibrated: bool = Field(description="whether errors were weighed by what they do to the final latents")
     schemes: tuple[SchemeUse, ...]
+    losses: tuple[LossEntry, ...] = ()
 
 
 class ParityEntry(_Model):

@@ -14,10 +14,8 @@ from typing import TypeVar
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
-from torch import nn
 
-from export.compression.compress import store
-from export.compression.schemes import Plan, Recipe, Scheme, stored_bytes
+from export.compression.schemes import Scheme
 from export.errors import UserError
 
 # How far, relatively, the solution may lie above the bound that proves it best.
@@ -33,35 +31,6 @@ class Candidate:
     scheme: Scheme
     nbytes: int
     loss: float
-
-
-def recipe(plan: Plan, module: nn.Module) -> Recipe:
-    """The plan's settled schemes, and the measured choice where there is one. Reads the weights only in the latter case."""
-    open_names = [weight for weight in plan.weights if len(plan.candidates[weight.name]) > 1]
-    if not open_names:
-        return plan.settled
-    spent = sum(stored_bytes(plan.settled[weight.name], weight.shape) for weight in plan.weights if weight.name in plan.settled)
-    least = sum(stored_bytes(plan.candidates[weight.name][0], weight.shape) for weight in open_names)
-    budget = max(least, int(plan.mean_bits * sum(weight.count for weight in plan.weights) / 8) - spent)
-    measured = {}
-    for weight in open_names:
-        values = module.get_parameter(weight.name).detach().float().numpy()
-        measured[weight.name] = [
-            Candidate(scheme, stored_bytes(scheme, weight.shape), relative_error(values, scheme) * weight.count)
-            for scheme in plan.candidates[weight.name]
-        ]
-    chosen = allocate(measured, budget)
-    return {
-        weight.name: chosen[weight.name].scheme if weight.name in chosen else plan.settled[weight.name]
-        for weight in plan.weights
-    }
-
-
-def relative_error(values: np.ndarray, scheme: Scheme) -> float:
-    """Squared error of the stored weight over the weight's own square."""
-    energy = float(np.square(values, dtype=np.float64).sum())
-    error = float(np.square(values - store("", values, scheme).dequantize(), dtype=np.float64).sum())
-    return error / energy if energy else 0.0
 
 
 def allocate(candidates: Mapping[Name, Sequence[Candidate]], budget: int) -> dict[Name, Candidate]:

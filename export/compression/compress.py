@@ -1,10 +1,10 @@
-"""Carries a recipe out: a module's weights into stored weights, and stored weights back into a module."""
+"""One weight into a stored weight, and stored weights back into a module."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,8 +12,7 @@ from torch import nn
 
 from export.compression.integers import quantize
 from export.compression.palettes import palettize
-from export.compression.parallel import in_order
-from export.compression.schemes import FloatScheme, PaletteScheme, Recipe, Scheme
+from export.compression.schemes import FloatScheme, PaletteScheme, Scheme
 from export.compression.stored import FloatWeight, StoredWeight
 from export.errors import UserError
 
@@ -37,25 +36,6 @@ def store(name: str, values: np.ndarray, scheme: Scheme, importance: np.ndarray 
         raise UserError(f"{name} {list(values.shape)}: {error}") from None
 
 
-def compress(module: nn.Module, recipe: Recipe, done: Callable[[str], None] | None = None,
-             importance: Mapping[str, np.ndarray] | None = None) -> dict[str, StoredWeight]:
-    """Stores every parameter that the recipe names, on all cores; `done` hears of each. The module is left as it is.
-
-    importance: by name, see `store`; weights that are not in it have none.
-    """
-
-    def stored_one(name: str) -> StoredWeight:
-        values = _parameter(module, name).detach().float().numpy()
-        return store(name, values, recipe[name], (importance or {}).get(name))
-
-    stored = {}
-    for name, weight in zip(recipe, in_order(stored_one, recipe), strict=True):
-        stored[name] = weight
-        if done:
-            done(name)
-    return stored
-
-
 def with_stored(module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
     """The compressed reference: a copy of the module with the decompressed weights; all other tensors are shared."""
     return with_tensors(module, {name: torch.from_numpy(weight.dequantize()) for name, weight in stored.items()})
@@ -66,10 +46,10 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.M
     # Tensors in the memo are not copied: the copy takes the new one, or the original where there is none.
     memo: dict[int, object] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     for name, tensor in tensors.items():
-        parameter = _parameter(module, name)
-        if parameter.shape != tensor.shape:
-            raise ValueError(f"{name} has shape {list(parameter.shape)}, its stored weight {list(tensor.shape)}")
-        memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+        original = parameter(module, name)
+        if original.shape != tensor.shape:
+            raise ValueError(f"{name} has shape {list(original.shape)}, its stored weight {list(tensor.shape)}")
+        memo[id(original)] = nn.Parameter(tensor, requires_grad=False)
     return copy.deepcopy(module, memo)
 
 
@@ -79,7 +59,8 @@ def mean_bits(stored: Mapping[str, StoredWeight]) -> float:
     return 8 * sum(weight.nbytes for weight in stored.values()) / count if count else 0.0
 
 
-def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+def parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that a recipe names. Raises `UserError` where the module has none."""
     try:
         return module.get_parameter(name)
     except AttributeError:

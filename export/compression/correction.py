@@ -7,8 +7,6 @@ Scales need no correction of their own: error feedback fits them to the codes in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,33 +14,19 @@ from export.compression.stored import StoredWeight
 from export.errors import UserError
 
 
-def corrections(
-    weights: Mapping[str, StoredWeight],
-    originals: Mapping[str, NDArray[np.floating]],
-    means: Mapping[str, NDArray[np.floating]],
-) -> dict[str, NDArray[np.float32]]:
-    """New values [out] of biases by name: "x.bias" for every stored "x.weight" that has a mean and, among `originals`, a bias.
-
-    originals: the module's parameters by name, before rounding; a module without a bias takes none, for that would change its
-        graph.
-    means: by weight, float [in], the mean of its inputs (a convolution's patches in the order of weight.reshape(out, -1)).
-    Raises UserError naming the weight whose mean does not fit it.
-    """
-    return {
-        bias: _corrected(name, weight, originals[name], originals[bias], means[name])
-        for name, weight in weights.items()
-        if name in means and (bias := bias_name(name)) in originals
-    }
-
-
 def bias_name(weight: str) -> str:
     """The name of the bias beside a weight: "x.weight" -> "x.bias"."""
     return weight.removesuffix("weight") + "bias"
 
 
-def _corrected(
+def corrected_bias(
     name: str, weight: StoredWeight, original: NDArray[np.floating], bias: NDArray[np.floating], mean: NDArray[np.floating]
 ) -> NDArray[np.float32]:
+    """New values [out] of the bias beside a weight `name` [out, in...] that is stored now.
+
+    mean: [in], of the layer's inputs (a convolution's patches in the order of weight.reshape(out, -1)).
+    Raises UserError naming the weight where the mean does not fit it.
+    """
     error = (original.astype(np.float64) - weight.dequantize()).reshape(original.shape[0], -1)
     if mean.shape != error.shape[1:] or not np.isfinite(mean).all():
         raise UserError(f"{name} {list(original.shape)} has no finite mean input of {error.shape[1]} values; calibrate again")

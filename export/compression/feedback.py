@@ -33,6 +33,7 @@ Codes = NDArray[np.uint8] | NDArray[np.int8]
 # the shares 0.001 to 1 the best compromise on prompts not calibrated on; few samples tell little of how inputs go together.
 DAMPING = 0.02
 DAMPING_PER_INPUT = 0.01
+CLEARLY = 0.7  # of what the weighted palette alone leaves: where feedback gains so little, an unweighted one may be better
 SPAN = 128  # columns between two matrix products; within, a column waits for the one before it
 TURNS = 2  # of fitting entries or scales, then codes
 STEPS = 4  # of conjugate gradients in one fit
@@ -59,30 +60,32 @@ def store_with_feedback(
     rows = np.ones(out) if sensitivity is None else sensitivity.astype(np.float64)
     matrix = values.reshape(out, -1).astype(np.float64)
     _check(name, matrix, moments, rows)
-    damping = DAMPING + (DAMPING_PER_INPUT * matrix.shape[1] / samples if samples else 0)
     try:
-        curvature = _Curvature.of(moments.astype(np.float64), damping)
-        plain: StoredWeight
+        curvature = _Curvature.of(moments.astype(np.float64), _damping(matrix.shape[1], samples))
+        start: StoredWeight
         codebook: _Codebook
         if isinstance(scheme, PaletteScheme):
             if (largest := np.abs(matrix).max()) > np.finfo(np.float16).max:
                 raise ValueError(f"{largest:g} is more than float16 can hold")
             half = values.astype(np.float16)
-            plain = palettize(half, scheme.bits, scheme.group, None, scheme.scaled, scheme.vector)
             importance = (rows[:, None] * curvature.in_place(curvature.cost)).reshape(values.shape)
             start = palettize(half, scheme.bits, scheme.group, importance, scheme.scaled, scheme.vector)
             codebook = _Palettes(start, rows)
         else:
-            plain = quantize(values, scheme.bits, scheme.block, scheme.bfloat16_scales)
+            start = quantize(values, scheme.bits, scheme.block, scheme.bfloat16_scales)
             codebook = _Integers(matrix, scheme, curvature)
     except ValueError as error:
         raise UserError(f"{name} {list(values.shape)}: {error}") from None
-    best, least = plain, objective(matrix - plain.dequantize().reshape(matrix.shape), moments, rows)
+    best, least = start, objective(matrix - start.dequantize().reshape(matrix.shape), moments, rows)
+    enough = CLEARLY * least
     for codes in _descend(np.ascontiguousarray(matrix.T[curvature.order]), codebook, curvature, rows):
         candidate = codebook.stored(curvature.in_place(codes), values.shape)
         loss = objective(matrix - candidate.dequantize().reshape(matrix.shape), moments, rows)
         if loss < least:
             best, least = candidate, loss
+    if least > enough and isinstance(scheme, PaletteScheme):
+        plain = palettize(half, scheme.bits, scheme.group, None, scheme.scaled, scheme.vector)
+        return min(best, plain, key=lambda kind: objective(matrix - kind.dequantize().reshape(matrix.shape), moments, rows))
     return best
 
 
@@ -95,10 +98,24 @@ def objective(
     return float(losses.sum() if sensitivity is None else sensitivity.astype(np.float64) @ losses)
 
 
+def column_costs(moments: NDArray[np.floating], samples: int | None = None) -> Array:
+    """[in]: what a squared rounding error of each input column costs once the later columns have made up for what they can.
+
+    It is the diagonal of D: with e the errors of plain rounding, sum_o s_o sum_k D_k e_ok^2 is what error feedback leaves (Chee
+    et al. 2023, theorem 2), where rounding errors are independent of each other.
+    """
+    curvature = _Curvature.of(moments.astype(np.float64), _damping(len(moments), samples))
+    return curvature.in_place(curvature.cost)
+
+
 def centre(moments: NDArray[np.floating], mean: NDArray[np.floating]) -> Array:
     """moments - mean mean^T: the second moments that count where a bias takes the mean error out (correction.py)."""
     exact = mean.astype(np.float64)
     return moments.astype(np.float64) - np.outer(exact, exact)
+
+
+def _damping(inputs: int, samples: int | None) -> float:
+    return DAMPING + (DAMPING_PER_INPUT * inputs / samples if samples else 0)
 
 
 def _check(name: str, matrix: Array, moments: NDArray[np.floating], rows: Array) -> None:

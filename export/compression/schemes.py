@@ -74,8 +74,8 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class Plan:
-    """The schemes that each weight may have, from few to many bytes. Where there are several, `mean_bits` is what the whole
-    component may spend a weight (0 where nothing is left to choose); `allocation.recipe` chooses."""
+    """The schemes that each weight may have, from few to many bytes. Where there are several, `mean_bits` is what those weights
+    are going to take on average, scales and palettes included."""
 
     weights: tuple[WeightInfo, ...]
     candidates: Mapping[str, tuple[Scheme, ...]]
@@ -86,12 +86,23 @@ class Plan:
         chosen = {name: schemes[0] for name, schemes in self.candidates.items() if len(schemes) == 1}
         object.__setattr__(self, "settled", chosen)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a weight has a choice."""
+        return len(self.settled) < len(self.candidates)
+
+    @property
+    def undecided(self) -> tuple[WeightInfo, ...]:
+        """The weights that have a choice."""
+        return tuple(info for info in self.weights if info.name not in self.settled)
+
+    @property
+    def settled_bytes(self) -> int:
+        return sum(stored_bytes(self.settled[info.name], info.shape) for info in self.weights if info.name in self.settled)
+
     def expected_bytes(self) -> int:
-        """Bytes of the stored weights, from shapes alone; at most `mean_bits` a weight where there is a choice."""
-        least = sum(stored_bytes(self.candidates[weight.name][0], weight.shape) for weight in self.weights)
-        if len(self.settled) == len(self.candidates):
-            return least
-        return max(least, int(self.mean_bits * sum(weight.count for weight in self.weights) / 8))
+        """Bytes of the stored weights, from shapes alone."""
+        return self.settled_bytes + int(self.mean_bits * sum(info.count for info in self.undecided) / 8)
 
 
 def weight_infos(module: nn.Module) -> tuple[WeightInfo, ...]:
@@ -117,12 +128,11 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
 
 
 def plan(weights: Iterable[WeightInfo], backend: str, bits: int) -> Plan:
-    """The first-form plan of a component for a format ("coreml", "onnx", "executorch") at --bits 16, 8 or 6."""
+    """The plan of a component without calibration, for a format ("coreml", "onnx", "executorch") at 16, 8 or 6 bits."""
     infos = tuple(weights)
     choose = {"coreml": _coreml, "onnx": _onnx, "executorch": _executorch}[backend]
     candidates = {info.name: choose(info, bits) for info in infos}
-    mixed = any(len(schemes) > 1 for schemes in candidates.values())
-    return Plan(infos, candidates, float(bits) if mixed else 0.0)
+    return Plan(infos, candidates, float(bits))
 
 
 def _is_kept(info: WeightInfo) -> bool:

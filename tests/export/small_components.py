@@ -7,14 +7,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from export.choosing import weigh
 from export.components.component import Component
 from export.components.conditioner import conditioner as make_conditioner
 from export.components.mmdit import TransformerConfig
 from export.components.text_encoder import TextEncoderConfig, text_encoder, text_encoder_all_states
 from export.components.transformer import Layout, transformer
 from export.components.vae_decoder import VaeConfig, vae_decoder
-from export.compression import allocation, schemes
-from export.compression.compress import compress
+from export.compression import schemes
+from export.compression.allocation import allocate
+from export.compression.rounding import round_module
 from export.compression.stored import StoredWeight
 
 EOS = 299
@@ -66,8 +68,14 @@ def seeded(component: Component) -> nn.Module:
 
 
 def stored_by_plan(component: Component, module: nn.Module, backend: str, bits: int) -> dict[str, StoredWeight]:
-    plan = schemes.plan(schemes.weight_infos(component.blank()), backend, bits)
-    return compress(module, allocation.recipe(plan, module))
+    return stored_by(schemes.plan(schemes.weight_infos(component.blank()), backend, bits), module)
+
+
+def stored_by(plan: schemes.Plan, module: nn.Module) -> dict[str, StoredWeight]:
+    """A plan carried out within its mean bits."""
+    weighed = weigh("component", module, plan)
+    chosen = allocate(weighed, plan.expected_bytes() - plan.settled_bytes) if weighed else {}
+    return round_module(module, {**plan.settled, **{name: candidate.scheme for (_, name), candidate in chosen.items()}})
 
 
 def real_inputs(component: Component) -> dict[str, NDArray]:

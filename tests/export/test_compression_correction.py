@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.compression.correction import bias_name, corrections
+from export.compression.correction import bias_name, corrected_bias
 from export.compression.feedback import centre, objective
 from export.compression.integers import quantize
 from export.compression.palettes import palettize
@@ -30,8 +30,7 @@ def layer(seed: int, out: int = 8, row: int = 12) -> tuple[np.ndarray, np.ndarra
 def test_no_other_bias_has_a_smaller_error_on_the_calibration_inputs(seed: int, change: float) -> None:
     weight, bias, inputs = layer(seed)
     stored = quantize(weight, 4)
-    parameters = {"x.weight": weight, "x.bias": bias}
-    corrected = corrections({"x.weight": stored}, parameters, {"x.weight": inputs.mean(axis=0)})["x.bias"]
+    corrected = corrected_bias("x.weight", stored, weight, bias, inputs.mean(axis=0))
     exact = inputs.astype(np.float64)
     missing = exact @ (weight - stored.dequantize()).T.astype(np.float64)
 
@@ -51,34 +50,27 @@ def test_outputs_of_a_convolution_keep_their_mean() -> None:
     stored = palettize(weight.numpy().astype(np.float16), 2)
     patches = F.unfold(pictures, 3, padding=1)  # [pictures, in, positions], in the order of weight.reshape(out, -1)
     mean = patches.mean(dim=(0, 2)).numpy()
-    found = corrections({"c.weight": stored}, {"c.weight": weight.numpy(), "c.bias": bias.numpy()}, {"c.weight": mean})
+    found = corrected_bias("c.weight", stored, weight.numpy(), bias.numpy(), mean)
     rounded = torch.from_numpy(stored.dequantize())
     expected = F.conv2d(pictures, weight, bias, padding=1).mean(dim=(0, 2, 3))
     before = F.conv2d(pictures, rounded, bias, padding=1).mean(dim=(0, 2, 3))
-    after = F.conv2d(pictures, rounded, torch.from_numpy(found["c.bias"]), padding=1).mean(dim=(0, 2, 3))
+    after = F.conv2d(pictures, rounded, torch.from_numpy(found), padding=1).mean(dim=(0, 2, 3))
     assert (before - expected).abs().max() > 0.1
     assert (after - expected).abs().max() < 1e-4
-    assert found["c.bias"].dtype == np.float32
+    assert found.dtype == np.float32
 
 
-def test_only_modules_with_a_bias_and_a_mean_are_corrected() -> None:
-    weight, bias, inputs = layer(0)
-    names = ("a.weight", "b.weight", "c.weight")
-    parameters = {**dict.fromkeys(names, weight), "a.bias": bias, "c.bias": bias}
-    means = {name: inputs.mean(axis=0) for name in names[:2]}
-    assert set(corrections(dict.fromkeys(names, quantize(weight, 4)), parameters, means)) == {"a.bias"}
+def test_the_bias_of_a_weight() -> None:
     assert bias_name("blocks.0.weight.weight") == "blocks.0.weight.bias"
 
 
 def test_a_weight_without_error_keeps_its_bias() -> None:
     weight, bias, inputs = layer(0)
-    parameters = {"x.weight": weight, "x.bias": bias}
-    found = corrections({"x.weight": FloatWeight(weight)}, parameters, {"x.weight": inputs.mean(axis=0)})
-    np.testing.assert_array_equal(found["x.bias"], bias)
+    np.testing.assert_array_equal(corrected_bias("x.weight", FloatWeight(weight), weight, bias, inputs.mean(axis=0)), bias)
 
 
 def test_a_mean_of_another_layer_and_nan_are_refused_by_name() -> None:
     weight, bias, inputs = layer(0)
     for mean in (inputs.mean(axis=0)[:5], np.full(12, np.nan)):
         with pytest.raises(UserError, match=r"x\.weight \[8, 12\] has no finite mean input of 12 values"):
-            corrections({"x.weight": quantize(weight, 4)}, {"x.weight": weight, "x.bias": bias}, {"x.weight": mean})
+            corrected_bias("x.weight", quantize(weight, 4), weight, bias, mean)

@@ -1,0 +1,145 @@
+"""From calibration to a recipe: what every candidate scheme of every weight would do to the pictures, and the choice.
+
+The loss of a candidate is the damage that its rounding does to the final latents (in the VAE decoder, to the picture) once
+error feedback has made up for what it can (`rounding.importance`). Losses add up, and one integer programme a format chooses
+under the budget. Without statistics the loss is the error's share of the weight's energy, whatever the weight is for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from calibration.statistics import LayerStatistics, Statistics
+from export.calibrating import statistics_of
+from export.compression.allocation import Candidate, allocate
+from export.compression.estimating import squared_error
+from export.compression.parallel import in_order
+from export.compression.recipe import Evidence, FormatRecipe, RecipeFile, WeightChoice, scheme_entry
+from export.compression.rounding import Layers, importance, known, nothing_known
+from export.compression.schemes import Plan, Scheme, stored_bytes
+from export.measuring import Loss
+from export.planning import ExportPlan
+from export.progress import Progress
+
+# Weights of a tensor that candidates are tried on, in whole groups of rows; a larger one is sampled evenly.
+SAMPLE = 1 << 15
+ROWS = 16  # that stay together: a group of palettes
+
+Key = tuple[str, str]  # component, weight
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight with a choice, or rows of it, and what a squared error of each value costs (None: nothing is known)."""
+
+    key: Key
+    values: np.ndarray
+    importance: np.ndarray | None
+    share: float  # of the whole weight's loss that the rows stand for
+
+
+def settle(plan: ExportPlan, statistics: Statistics | None, progress: Progress) -> dict[str, FormatRecipe]:
+    """The recipe of every format. Reads weights only where there is a choice to make."""
+    if plan.recipe is not None:
+        return {format.name: plan.recipe.formats[format.name] for format in plan.formats}
+    weighed: dict[str, dict[Key, list[Candidate]]] = {format.name: {} for format in plan.formats}
+    parts = [part for part in plan.parts if part.name in plan.exported]
+    undecided = [part for part in parts if any(p.is_open for plans in part.plans.values() for p in plans)]
+    if undecided:
+        progress.stage("analysis", sum(len(part.pieces) for part in undecided) * len(plan.formats))
+    for part in undecided:
+        layers = layers_of(statistics, part.name)
+        for index, piece in enumerate(part.pieces):
+            module = piece.load(plan.checkpoint)
+            for format in plan.formats:
+                progress.step(f"{piece.name}: {format.name}")
+                weighed[format.name] |= weigh(part.name, module, part.plans[format.name][index], layers)
+    return {format.name: _choose(plan, format.name, weighed[format.name], statistics) for format in plan.formats}
+
+
+def layers_of(statistics: Statistics | None, component: str) -> Layers:
+    """The statistics of a component's weights."""
+    if statistics is None:
+        return nothing_known
+    return lambda name, shape: statistics_of(statistics, component, name, shape)
+
+
+def weigh(component: str, module: nn.Module, plan: Plan, layers: Layers = nothing_known) -> dict[Key, list[Candidate]]:
+    """The candidates, with their losses, of a module's weights that have a choice."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+    def candidates(name: str) -> list[Candidate]:
+        layer = known(name, tuple(parameters[name].shape), parameters, layers)
+        weight = _sample((component, name), parameters[name].numpy(), layer)
+        shape = tuple(parameters[name].shape)
+        return [Candidate(s, stored_bytes(s, shape), _loss(weight, s)) for s in plan.candidates[name]]
+
+    names = [info.name for info in plan.weights if len(plan.candidates[info.name]) > 1]
+    return {(component, name): found for name, found in zip(names, in_order(candidates, names), strict=True)}
+
+
+def _sample(key: Key, values: np.ndarray, layer: LayerStatistics | None) -> _Weight:
+    cost = None if layer is None else importance(values.shape, layer)
+    groups, row = values.shape[0] // ROWS, values[0].size
+    wanted = max(1, SAMPLE // (ROWS * row))
+    if groups <= wanted:
+        return _Weight(key, values, cost, 1.0)
+    picked = (np.arange(wanted) * groups // wanted)[:, None] * ROWS + np.arange(ROWS)
+    rows = picked.reshape(-1)
+    if cost is None:
+        return _Weight(key, values[rows], None, len(rows) / len(values))
+    total = cost.sum()
+    return _Weight(key, values[rows], cost[rows], cost[rows].sum() / total if total else 1.0)
+
+
+def _loss(weight: _Weight, scheme: Scheme) -> float:
+    error = squared_error(weight.values, scheme, weight.importance) / weight.share
+    if weight.importance is not None:
+        return error
+    energy = float(np.square(weight.values, dtype=np.float64).sum())
+    return error * weight.values.size / energy if energy else 0.0
+
+
+def _choose(
+    plan: ExportPlan, format: str, weighed: Mapping[Key, Sequence[Candidate]], statistics: Statistics | None
+) -> FormatRecipe:
+    pieces = [(part.name, piece) for part in plan.parts if part.name in plan.exported for piece in part.plans[format]]
+    shapes = {(component, info.name): info.shape for component, piece in pieces for info in piece.weights}
+    settled = {(component, name): scheme for component, piece in pieces for name, scheme in piece.settled.items()}
+    chosen = allocate(weighed, plan.budgets[format]) if weighed else {}
+    components: dict[str, dict[str, WeightChoice]] = {}
+    for key, shape in shapes.items():
+        scheme = chosen[key].scheme if key in chosen else settled[key]
+        evidence = tuple(Evidence(scheme=scheme_entry(c.scheme), bytes=c.nbytes, loss=c.loss) for c in weighed.get(key, ()))
+        choice = WeightChoice(shape=shape, scheme=scheme_entry(scheme), weighed=evidence)
+        components.setdefault(key[0], {})[key[1]] = choice
+    nbytes = sum(stored_bytes(choice.scheme.scheme(), choice.shape) for all in components.values() for choice in all.values())
+    losses = [candidate.loss for (component, _), candidate in chosen.items() if component != "vae_decoder"]
+    return FormatRecipe(
+        components=components,
+        bytes=nbytes,
+        mean_bits=8 * nbytes / sum(math.prod(shape) for shape in shapes.values()),
+        predicted_loss=None if statistics is None else sum(losses),
+    )
+
+
+def with_measured(recipes: Mapping[str, FormatRecipe], losses: Mapping[str, Loss]) -> dict[str, FormatRecipe]:
+    """The recipes with what they were seen to cost."""
+    return {name: recipe.model_copy(update={"measured_loss": losses[name].latents}) for name, recipe in recipes.items()}
+
+
+def recipe_file(plan: ExportPlan, fingerprint: str, formats: Mapping[str, FormatRecipe], prompts: int | None) -> RecipeFile:
+    """What is written of an analysis. prompts: of the calibration, None without one."""
+    return RecipeFile(
+        model=plan.checkpoint.name,
+        fingerprint=fingerprint,
+        sigmas=plan.graph.sigmas,
+        resolution=(plan.graph.width, plan.graph.height),
+        prompts=prompts,
+        formats=formats,
+    )

@@ -1,0 +1,55 @@
+"""Every scheme that a backend can store a weight with: what the integer programme chooses among.
+
+Nothing here goes by a weight's name. What must stay high is found by what its rounding does to the final latents.
+"""
+
+from __future__ import annotations
+
+from export.compression.schemes import SMALL, FloatScheme, IntegerScheme, PaletteScheme, Scheme, WeightInfo
+
+GROUP = 16  # output channels that share a palette, where they do
+
+
+def ladder(info: WeightInfo, backend: str, deployment_target: str) -> tuple[Scheme, ...]:
+    """The candidates of a weight for a format ("coreml", "onnx", "executorch"), the least bytes first.
+
+    Norms, biases and tensors of fewer than `SMALL` values have one: their bytes do not matter. An iPhone on iOS 17 knows no
+    palettes of 3 bits, no groups, no scales and no vectors.
+    """
+    if backend == "coreml":
+        return _coreml(info, deployment_target)
+    return _onnx(info) if backend == "onnx" else _executorch(info)
+
+
+def _coreml(info: WeightInfo, deployment_target: str) -> tuple[Scheme, ...]:
+    if info.kind == "other" or info.count < SMALL:
+        return (FloatScheme(16),)
+    if deployment_target == "iOS17":
+        return (*(PaletteScheme(bits) for bits in (4, 6, 8)), FloatScheme(16))
+    groups = [None, GROUP] if info.shape[0] % GROUP == 0 and info.shape[0] > GROUP else [None]
+    palettes: list[PaletteScheme] = []
+    for bits in (3, 4, 6, 8):
+        palettes += [PaletteScheme(bits, group) for group in groups]
+        if bits < 8 and info.kind != "embedding":
+            palettes.append(PaletteScheme(bits, scaled=True))
+        if bits == 4 and info.kind != "embedding" and info.shape[0] % 2 == 0:
+            palettes.append(PaletteScheme(8, vector=2))
+    return (*palettes, FloatScheme(16))
+
+
+def _onnx(info: WeightInfo) -> tuple[Scheme, ...]:
+    if info.kind == "other" or info.count < SMALL:
+        return (FloatScheme(32 if info.count < SMALL else 16),)
+    if info.kind != "linear":  # convolutions per output channel, embeddings per row
+        return IntegerScheme(8), FloatScheme(16)
+    blocks = [IntegerScheme(bits, size) for bits in (4, 8) for size in (128, 64, 32, 16) if info.row % size == 0]
+    return (*blocks, FloatScheme(16))
+
+
+def _executorch(info: WeightInfo) -> tuple[Scheme, ...]:
+    # XNNPACK takes no float16 weights beside float32 activations: what is not integer is stored as float32.
+    if info.kind in ("other", "conv") or info.count < SMALL:
+        return (FloatScheme(32),)
+    if info.kind == "linear" and info.row % 32 == 0:
+        return IntegerScheme(4, 32, bfloat16_scales=True), IntegerScheme(8), FloatScheme(32)
+    return IntegerScheme(8), FloatScheme(32)
