@@ -30,6 +30,8 @@ def command() -> None:
     export-flash analyze --out recipe.json                 chooses how each weight is stored
     export-flash verify BUNDLE                             runs and compares every artifact
     export-flash inspect BUNDLE                            says what a bundle holds
+    export-flash bench BUNDLE                              measures latency and memory
+    export-flash cost BUNDLE                               counts operations, bytes and memory
     """
 
 
@@ -136,6 +138,34 @@ def inspect(bundle: Path) -> None:
     from export import commands
 
     commands.run_inspect(bundle)
+
+
+@command.command()
+@click.argument("bundle", type=_file)
+@click.option("--runtime", help="coreml, onnxruntime or executorch [the first that fits].")
+@click.option("--threads", type=int, help="Threads of the runtime [its own choice].")
+@click.option("--iterations", type=int, help="Measured runs of each component and of the picture [30].")
+@click.option("--against", type=click.Choice(["diffusers", "torch", "torch-compile"]), help="Also run the original in turns.")
+@click.option("--model", metavar="FOLDER|HUB_ID|FILE", help="The checkpoint for --against [flash-mini].")
+@click.option("--json", "json_file", type=_file, help="Also write the result as JSON.")
+@click.option("--compare", "compare_with", metavar="FILE|last", help="An earlier result's JSON, or the last one filed.")
+@click.option("--import", "import_file", type=_file, help="File a result that a phone handed back.")
+def bench(**given: Any) -> None:
+    """Measures latency and memory of every component and of the whole picture."""
+    from export import bench_command
+
+    bench_command.run_bench(**given)
+
+
+@command.command()
+@click.argument("bundle", type=_file)
+@click.option("--format", "formats", multiple=True, help="Only these formats of the bundle.")
+@click.option("--json", "json_file", type=_file, help="Also write every operation as JSON.")
+def cost(**given: Any) -> None:
+    """Counts what an image takes: operations, bytes, memory, and the least time on named devices (an estimate)."""
+    from export import cost_command
+
+    cost_command.run_cost(**given)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -21,12 +21,18 @@ Loader = Callable[[Path, ComponentEntry, int | None], Graph]
 
 @dataclass(frozen=True)
 class Runtime:
-    """`package` is the Python package that has to be installed for it; `load(path, component, threads)` loads one artifact."""
+    """`package` is the Python package that has to be installed for it; `load(path, component, threads)` loads one artifact.
+
+    `imports`: the modules that `load` would import, for whoever wants to time it without them. `stand_in`: the package that
+    computes on this system in the place of the format's own runtime, where there is one.
+    """
 
     name: str
     format: str
     package: str
     load: Loader
+    imports: tuple[str, ...] = ()
+    stand_in: str | None = None
 
     @property
     def installed(self) -> bool:
@@ -59,9 +65,16 @@ def _executorch(path: Path, component: ComponentEntry, threads: int | None) -> G
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
-        Runtime("coreml", "coreml", "coremltools", _coreml),
-        Runtime("onnxruntime", "onnx", "onnxruntime", _onnxruntime),
-        Runtime("executorch", "executorch", "executorch", _executorch),
+        Runtime(
+            "coreml",
+            "coreml",
+            "coremltools",
+            _coreml,
+            ("runtimes.coreml", *(["coremltools"] if sys.platform == "darwin" else [])),
+            None if sys.platform == "darwin" else "torch",
+        ),
+        Runtime("onnxruntime", "onnx", "onnxruntime", _onnxruntime, ("runtimes.onnx",)),
+        Runtime("executorch", "executorch", "executorch", _executorch, ("runtimes.executorch", "executorch.runtime")),
     )
 }
 

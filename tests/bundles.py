@@ -115,7 +115,7 @@ def write_bundle(
             )
             for name, tokenizer in tokenizers.items()
         ),
-        recipe=RecipeEntry(name="none", bits=16, schemes=()),
+        recipe=RecipeEntry(name="none", bits=16, calibrated=False, schemes=()),
         golden=write_golden(folder, cases, drawings),
         licence=LicenceEntry(name="tiny-licence", attribution="tests", files=describe_files(folder, ["LICENSE"])),
         resources=resource_hints(entries),

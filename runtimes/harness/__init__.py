@@ -1,1 +1,1 @@
-"""Measurements of a finished bundle: parity with the original model (later: latency and cost)."""
+"""Measurements of a finished bundle: parity with the original model, latency, and what an image costs."""

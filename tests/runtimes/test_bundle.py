@@ -103,7 +103,7 @@ def manifest_of(folder: Path) -> Manifest:
                 files=describe_files(folder, ["tokenizer"]),
             ),
         ),
-        recipe=RecipeEntry(name="palettes", bits=6, schemes=()),
+        recipe=RecipeEntry(name="palettes", bits=6, calibrated=False, schemes=()),
         parity=(
             ParityEntry(
                 component="transformer",
