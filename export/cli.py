@@ -62,14 +62,17 @@ _of_the_graphs = _options(
     click.option("--format", "formats", multiple=True, help="Only these formats of the target: coreml, onnx, executorch."),
     click.option("--component", "components", multiple=True, help="Only these components."),
 )
+_of_the_calibration = _options(
+    click.option("--calibration-prompts", type=_file, help="A prompt a line [64 of the checkpoint's kind]."),
+    click.option("--calibration-images", type=_file, help="Safetensors with clean `latents` of those prompts."),
+    click.option("--calibration-device", help="cpu, cuda or mps [the best there is]."),
+)
 _of_the_weights = _options(
     click.option("--bits", type=float, help="Mean bits of a weight, 16 for none compressed [ios 6, android 8]."),
     click.option("--size-budget", help="Instead: bytes of the weights of each format, such as 1.2GB."),
     click.option("--preset", help="Instead: best, balanced or small."),
     click.option("--calibration/--no-calibration", default=True, show_default=True, help="Choose and round by what errors do."),
-    click.option("--calibration-prompts", type=_file, help="A prompt a line [64 of the checkpoint's kind]."),
-    click.option("--calibration-images", type=_file, help="Safetensors with clean `latents` of those prompts."),
-    click.option("--calibration-device", help="cpu, cuda or mps [the best there is]."),
+    _of_the_calibration,
 )
 
 
@@ -105,11 +108,11 @@ def analyze(**given: Any) -> None:
 
 
 @command.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_file)
 @click.argument("prompt")
 @click.option("--seed", default=0, show_default=True, help="Of the starting noise, torch's for the same seed.")
 @click.option("--runtime", default="auto", show_default=True, help="auto, coreml, onnxruntime or executorch.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("image.png"), show_default=True, help="The picture.")
+@click.option("--out", type=_file, default=Path("image.png"), show_default=True, help="The picture.")
 @click.option("--low-memory", is_flag=True, help="One component in memory at a time.")
 @click.option("--threads", type=int, help="Threads of the runtime [its own choice].")
 def generate(**given: Any) -> None:
@@ -120,19 +123,27 @@ def generate(**given: Any) -> None:
 
 
 @command.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_file)
 @click.option("--runtime", "runtimes", multiple=True, help="Only these runtimes [one for each format].")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the report as JSON.")
+@click.option("--json", "json_file", type=_file, help="Also write the report as JSON.")
 @click.option("--low-memory", is_flag=True, help="One component in memory at a time.")
+@click.option("--per-layer", is_flag=True, help="Instead: name the first operation where an artifact and --model part.")
+@click.option("--ranges", is_flag=True, help="Instead: how near Core ML's values come to float16's end.")
+@click.option("--drift", is_flag=True, help="Instead: distance from the original's latents after each step.")
+@click.option("--against", type=_file, help="Instead: compare with another bundle of the same checkpoint.")
+@click.option("--model", help="Of --per-layer: the bundle's checkpoint [flash-mini].")
+@click.option("--component", "components", multiple=True, help="Of --per-layer: only these.")
+@click.option("--case", type=click.IntRange(min=0), default=0, show_default=True, help="Of --per-layer: golden case.")
+@_of_the_calibration
 def verify(**given: Any) -> None:
     """Checks every file, then runs and compares every artifact; exit 1 where something is not as it should be."""
-    from export import commands
+    from export import verify_command
 
-    commands.run_verify(**given)
+    verify_command.run_verify_command(**given)
 
 
 @command.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_file)
 def inspect(bundle: Path) -> None:
     """Says what a bundle holds."""
     from export import commands

@@ -21,11 +21,12 @@ from export.progress import Progress
 from export.publish import GateFailed, publishing
 from export.recording import Recorder, entries
 from export.reference import draw, reference_pipeline
-from runtimes.bundle import ComponentEntry, FileEntry, Manifest, SchemeUse, describe_files, write_manifest
+from runtimes.bundle import ComponentEntry, FileEntry, Manifest, SchemeUse, SelfTestEntry, describe_files, write_manifest
 from runtimes.golden import Case, Drawing, write_golden
 from runtimes.harness.parity import Report, verify_bundle
-from runtimes.pipeline import Pipeline, to_image
+from runtimes.pipeline import Drawn, Pipeline, to_image
 from runtimes.registry import RUNTIMES
+from runtimes.selftest import write_selftest
 
 RECIPE = "recipe.json"
 
@@ -73,9 +74,12 @@ def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
         )
         write_manifest(folder, manifest)
         report = _verify(folder, manifest, progress)
+        selftest = None
         if report.passed and plan.exported == {part.name for part in plan.parts}:
-            others = (*others, *_drawn_pictures(folder, manifest, progress))
-        write_manifest(folder, manifest.model_copy(update={"parity": report.to_entries(), "other_files": others}))
+            drawn, selftest = _drawn_pictures(folder, manifest, progress)
+            others = (*others, *drawn)
+        finished = {"parity": report.to_entries(), "other_files": others, "selftest": selftest}
+        write_manifest(folder, manifest.model_copy(update=finished))
         if not report.passed:
             raise GateFailed(report)
     return report
@@ -162,10 +166,10 @@ def _verify(folder: Path, manifest: Manifest, progress: Progress) -> Report:
     return verify_bundle(folder, on_component=lambda component, format: progress.step(f"{component}: {format}"))
 
 
-def _drawn_pictures(folder: Path, manifest: Manifest, progress: Progress) -> tuple[FileEntry, ...]:
-    """pictures/prompt<p>-<format>.png: what the bundle's own artifacts draw."""
+def _drawn_pictures(folder: Path, manifest: Manifest, progress: Progress) -> tuple[tuple[FileEntry, ...], SelfTestEntry]:
+    """pictures/prompt<p>-<format>.png: what the bundle draws; apps test themselves by the first of them."""
     progress.stage("pictures", len(manifest.formats) * len(manifest.golden.prompts))
-    paths = []
+    paths, drawn = list[str](), dict[str, tuple[str, Drawn]]()
     for runtime in RUNTIMES.values():
         if runtime.format not in manifest.formats:
             continue
@@ -173,5 +177,7 @@ def _drawn_pictures(folder: Path, manifest: Manifest, progress: Progress) -> tup
         for p, golden in enumerate(manifest.golden.prompts):
             progress.step(f"{runtime.format}: {golden.prompt}")
             paths.append(f"pictures/prompt{p}-{runtime.format}.png")
-            pipeline.generate(golden.prompt, golden.seed).image.save(folder / paths[-1])
-    return describe_files(folder, paths)
+            result = pipeline.generate(golden.prompt, golden.seed)
+            result.image.save(folder / paths[-1])
+            drawn.setdefault(runtime.format, (runtime.name, result))
+    return describe_files(folder, paths), write_selftest(folder, manifest, manifest.golden.prompts[0], drawn)

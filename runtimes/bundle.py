@@ -291,6 +291,13 @@ class GoldenEntry(_Model):
     files: tuple[FileEntry, ...]
 
 
+class SelfTestEntry(_Model):
+    """Vectors in plain files with which an app tests itself; `path` is their description (runtimes/selftest.py)."""
+
+    path: RelativePath = Field(description="selftest/selftest.json")
+    files: tuple[FileEntry, ...] = Field(min_length=1)
+
+
 class LicenceEntry(_Model):
     name: str = Field(description='as the checkpoint says it, such as "stabilityai-community"')
     attribution: str
@@ -322,6 +329,7 @@ class Manifest(_Model):
     recipe: RecipeEntry
     parity: tuple[ParityEntry, ...] = ()
     golden: GoldenEntry
+    selftest: SelfTestEntry | None = Field(default=None, description="null: the bundle draws nothing, or was made without")
     licence: LicenceEntry
     other_files: tuple[FileEntry, ...] = Field(default=(), description="report, config.json of a diffusers contract")
     resources: tuple[ResourceHints, ...]
@@ -345,6 +353,8 @@ class Manifest(_Model):
         for tokenizer in self.tokenizers:
             yield from tokenizer.files
         yield from self.golden.files
+        if self.selftest is not None:
+            yield from self.selftest.files
         yield from self.licence.files
         yield from self.other_files
 
@@ -355,6 +365,8 @@ class Manifest(_Model):
         yield from (path for tokenizer in self.tokenizers for path in (tokenizer.vocabulary, tokenizer.merges))
         yield from (golden.path for golden in self.golden.components)
         yield self.golden.images
+        if self.selftest is not None:
+            yield self.selftest.path
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:

@@ -119,11 +119,12 @@ class ChunkedGraph:
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         values = check_inputs(self.inputs, inputs)
         for artifact, part in zip(self._entry.artifacts, self._parts, strict=True):
-            values |= part({spec.name: _fed(artifact.feed(spec.name), values) for spec in part.inputs})
+            values |= part({spec.name: fed(artifact.feed(spec.name), values) for spec in part.inputs})
         return {spec.name: values[spec.name] for spec in self.outputs}
 
 
-def _fed(feed: Feed, values: Mapping[str, np.ndarray]) -> np.ndarray:
+def fed(feed: Feed, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What a chunk's input is given, of the tensors known by then."""
     tensor = values[feed.tensor]
     return tensor if feed.rows is None else tensor[:, slice(*feed.rows)]
 

@@ -62,7 +62,7 @@ class ExecuTorchFormat:
 
     def emit(self, component: Component, module: nn.Module, stored: Mapping[str, StoredWeight], folder: Path,
              options: EmitOptions) -> list[Artifact]:
-        exported = export_graph(component, _lowerable(module, stored))
+        exported = export_graph(component, lowerable(module, stored))
         edge = to_edge_transform_and_lower(
             exported,
             partitioner=[XnnpackPartitioner()],
@@ -118,7 +118,7 @@ def _refuse_scheme(name: str, info: WeightInfo, scheme: Scheme) -> str | None:
     return f"{name}: groups of {GROUP} do not divide its {info.row} inputs" if info.row % GROUP else None
 
 
-def _lowerable(module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
+def lowerable(module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
     """A copy of the module whose integer weights are torchao tensors that hold our integers and scales."""
     tensors: dict[str, Tensor] = {}
     embeddings: dict[str, IntegerWeight] = {}
