@@ -12,13 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from export.compression.palettes import (
-    fit_palette,
-    nearest,
-    nearest_vectors,
-    optimal_intervals,
-    palettize,
-)
+from export.compression.intervals import optimal_intervals
+from export.compression.palettes import fit_palette, nearest, nearest_vectors, palettize
 from export.compression.stored import VECTOR_BITS
 
 # A grid on which float16 centroids are exact enough not to disturb the comparison of sums of squares.
