@@ -1,4 +1,4 @@
-"""The table and the picture grid of a run on the held-out captions, and the checkpoint with its model card."""
+"""The tables and the picture grid of a run on the held-out captions, and the checkpoint with its model card."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ from distill.text import TextEncoders
 
 TEACHER_SHIFT = 3.0
 GRID_COLUMNS = 12
+TEACHER, FOUR_STEPS, TWO_STEPS = "teacher, 50 steps, guided", "student, 4 steps", "student, 2 steps"
+ABLATION = "ablation: "
+
+Cells = list[list[str]]  # a table, the first row its header
 
 
 def evaluate(
@@ -39,17 +43,17 @@ def evaluate(
     ablations: dict[str, SD3Transformer2DModel],
     description: str,
 ) -> dict[str, Score]:
-    """Scores every row (kept in RUN/scores.json, rows made once), prints the table, draws the grid, writes the checkpoint."""
+    """Scores every row (kept in RUN/scores.json), prints the tables, draws the grid, writes the checkpoint."""
     cases = held_out()[: settings.evaluation_captions]
     evaluator = Evaluator(text, vae, cases, run.accelerator.device)
     rows: dict[str, Callable[[], np.ndarray]] = {
-        "teacher, 50 steps, guided": lambda: evaluator.teacher_pictures(teacher, 50, settings.guidance, TEACHER_SHIFT),
+        TEACHER: lambda: evaluator.teacher_pictures(teacher, 50, settings.guidance, TEACHER_SHIFT),
         "teacher, 4 steps, unguided": lambda: evaluator.teacher_pictures(teacher, 4, 1.0, TEACHER_SHIFT),
-        "student, 4 steps": lambda: evaluator.student_pictures(student, 4),
-        "student, 2 steps": lambda: evaluator.student_pictures(student, 2),
+        FOUR_STEPS: lambda: evaluator.student_pictures(student, 4),
+        TWO_STEPS: lambda: evaluator.student_pictures(student, 2),
     }
     for name, model in ablations.items():
-        rows[f"ablation: {name}, 4 steps"] = lambda model=model: evaluator.student_pictures(model, 4)  # type: ignore[misc]
+        rows[f"{ABLATION}{name}, 4 steps"] = lambda model=model: evaluator.student_pictures(model, 4)  # type: ignore[misc]
     scores, strips = {}, [np.concatenate([render(scene) for scene, _ in cases[:GRID_COLUMNS]], 1)]
     for name, draw in rows.items():
         pictures = draw()
@@ -57,25 +61,49 @@ def evaluate(
         strips.append(np.concatenate(list(pictures[:GRID_COLUMNS]), 1))
     (run.folder / "scores.json").write_text(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=1))
     Image.fromarray(np.concatenate(strips, 0)).save(run.folder / "grid.png")
-    _print(scores, len(cases))
+    _print(f"{len(cases)} held-out captions", _overall(scores))
+    _print("adherence by kind of caption", _by_kind(scores))
     card = _card(settings, vae, student, scores, description)
     checkpoint.write(out, student, vae, text, card)
     Image.fromarray(np.concatenate(strips, 0)).save(out / "grid.png", optimize=True)
     return scores
 
 
-def _print(scores: dict[str, Score], captions: int) -> None:
-    table = Table("model", "adherence", "facts", "Frechet distance", title=f"{captions} held-out captions")
-    for name, score in scores.items():
-        table.add_row(name, f"{score.adherence:.1%}", f"{score.facts:.1%}", f"{score.frechet:.4f}")
+def _overall(scores: dict[str, Score]) -> Cells:
+    rows = [[name, f"{s.adherence:.1%}", f"{s.facts:.1%}", f"{s.frechet:.4f}"] for name, s in scores.items()]
+    return [["model", "adherence", "facts", "Frechet distance"], *rows]
+
+
+def _by_kind(scores: dict[str, Score]) -> Cells:
+    """A row for each kind of caption: how many there are, and the adherence of the teacher and of both modes of the student."""
+    models = (TEACHER, FOUR_STEPS, TWO_STEPS)
+    rows = [
+        [kind, str(found.captions), *(f"{scores[name].kinds[kind].adherence:.1%}" for name in models)]
+        for kind, found in scores[TEACHER].kinds.items()
+    ]
+    return [["things", "captions", *models], *rows]
+
+
+def _print(title: str, cells: Cells) -> None:
+    table = Table(*cells[0], title=title)
+    for row in cells[1:]:
+        table.add_row(*row)
     Console().print(table)
+
+
+def _markdown(cells: Cells) -> str:
+    header, *rows = ("| " + " | ".join(row) + " |" for row in cells)
+    return "\n".join([header, "|" + "---|" * len(cells[0]), *rows])
 
 
 def _card(
     settings: Settings, vae: AutoencoderKL, student: SD3Transformer2DModel, scores: dict[str, Score], description: str
 ) -> str:
-    lines = ["| model | adherence | facts | Frechet distance |", "|---|---|---|---|"]
-    lines += [f"| {name} | {s.adherence:.1%} | {s.facts:.1%} | {s.frechet:.4f} |" for name, s in scores.items()]
+    ablations = {
+        name.removeprefix(ABLATION).removesuffix(", 4 steps"): score
+        for name, score in scores.items()
+        if name.startswith(ABLATION)
+    }
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string((checkpoint.TEMPLATES / "card.md").read_text())
     return template.render(
         transformer=f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f}",
@@ -88,14 +116,16 @@ def _card(
         psnr=f"{reconstruction_psnr(vae, [render(scene) for scene, _ in held_out()[:128]]):.1f}",
         settings=settings,
         student=description,
-        table="\n".join(lines),
+        overall=_markdown(_overall({name: score for name, score in scores.items() if not name.startswith(ABLATION)})),
+        by_kind=_markdown(_by_kind(scores)),
+        ablations=_markdown(_overall(ablations)) if ablations else "",
         notes=_notes(scores),
     )
 
 
 def _notes(scores: dict[str, Score]) -> str:
     """What the figures miss of what was asked of them, in words."""
-    teacher, four, two = (scores[n].adherence for n in ("teacher, 50 steps, guided", "student, 4 steps", "student, 2 steps"))
+    teacher, four, two = (scores[name].adherence for name in (TEACHER, FOUR_STEPS, TWO_STEPS))
     missed = []
     if teacher < 0.90:
         missed.append(f"the teacher reaches {teacher:.1%} where 90 % was wanted; it was trained as long as the budget allowed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,22 +13,44 @@ from torch import Tensor
 
 from distill.autoencoder import decode
 from distill.captions import Caption
-from distill.scenes import Scene, render
-from distill.scorer import features, frechet_distance, judge
+from distill.scenes import RELATIONS, Scene, render
+from distill.scorer import Verdict, features, frechet_distance, judge
 from distill.student.steps import Condition, draw
 from distill.teacher import sample, schedule
 from distill.text import TextEncoders
 
 BATCH = 32
+ALONE = "alone"
+KINDS = (ALONE, *RELATIONS)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Adherence, in [0, 1], on the captions of one kind, and how many there are."""
+
+    captions: int
+    adherence: float
 
 
 @dataclass(frozen=True)
 class Score:
-    """Adherence: share of pictures in which every stated fact holds. Facts: share of facts that hold. Both in [0, 1]."""
+    """Adherence: share of pictures in which every stated fact holds. Facts: share of facts that hold. Both in [0, 1].
+
+    kinds: adherence by kind of caption, in the order of KINDS; a kind that no caption is of has no entry.
+    """
 
     adherence: float
     facts: float
     frechet: float
+    kinds: dict[str, Kind]
+
+
+def adherence_by_kind(captions: Iterable[Caption], verdicts: Iterable[Verdict]) -> dict[str, Kind]:
+    """Adherence on one thing alone, and on two by the relation of the first to the second. Verdicts are one a caption."""
+    adhering: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    for caption, verdict in zip(captions, verdicts, strict=True):
+        adhering[caption.facts.relation or ALONE].append(verdict.adheres)
+    return {kind: Kind(len(found), float(np.mean(found))) for kind, found in adhering.items() if found}
 
 
 class Evaluator:
@@ -68,6 +90,7 @@ class Evaluator:
             float(np.mean([v.adheres for v in verdicts])),
             float(np.mean([v.share for v in verdicts])),
             frechet_distance(features(list(pictures)), self.true),
+            adherence_by_kind((caption for _, caption in self.cases), verdicts),
         )
 
     def _pictures(self, model: Callable[[Tensor, Condition], Tensor]) -> np.ndarray:

@@ -55,7 +55,8 @@ class Students:
 
 
 def _students(run: Run, settings: Settings) -> Students:
-    """Everything up to the finished student, and the ablations: each the full method or less of it, on the same budget."""
+    """Everything up to the finished student, and the ablations: trajectory guidance alone, and on equal budgets the full
+    method and less of it."""
     vae, encoders = autoencoder.fit(run, settings), text.fit(run, settings)
     data = Data(run, settings, vae)
     judge = teacher.fit(run, settings, data, encoders)
@@ -92,8 +93,7 @@ def _students(run: Run, settings: Settings) -> Students:
         ablations["without split timesteps"] = match("ablation-without-split-timesteps", budget, begin, Variant()).student
     description = (
         f"trajectory guidance ({settings.trajectory_steps} steps), distribution matching with timestep sharing and a latent "
-        f"discriminator ({settings.matching_iterations}), split-timestep fine-tuning ({settings.split_iterations} a copy); "
-        + (f"ablations {budget} iterations in all, each" if budget else "the ablations were not run")
+        f"discriminator ({settings.matching_iterations}), split-timestep fine-tuning ({settings.split_iterations} a copy)"
     )
     return Students(vae, encoders, judge, student, ablations, description)
 

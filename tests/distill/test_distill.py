@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distill.loop import Run, RunError, save_state, train
+from distill.settings import SMOKE
 
 
 def distill(*arguments: str, file_bytes: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
@@ -43,6 +45,23 @@ def test_every_stage_runs_and_the_checkpoint_draws_in_unmodified_diffusers(smoke
     assert image.size == (128, 128)
     for name in ("README.md", "LICENSE", "flash.json", "model_index.json", "grid.png"):
         assert (smoke / "made" / name).is_file()
+
+
+def test_scores_and_card_hold_adherence_by_kind_of_caption(smoke: Path) -> None:
+    kinds = json.loads((smoke / "run" / "scores.json").read_text())["student, 2 steps"]["kinds"]
+    assert sum(kind["captions"] for kind in kinds.values()) == SMOKE.evaluation_captions
+    card = (smoke / "made" / "README.md").read_text()
+    assert "| things | captions | teacher, 50 steps, guided | student, 4 steps | student, 2 steps |" in card
+    for name, kind in kinds.items():
+        assert f"| {name} | {kind['captions']} | " in card
+
+
+def test_the_card_says_what_ablations_are_to_be_compared_with(smoke: Path) -> None:
+    ablations = (smoke / "made" / "README.md").read_text().split("### Ablations")[1]
+    assert f"the same\n{SMOKE.ablation_iterations} iterations in all" in ablations
+    for row in ("trajectory guidance only", "full method", "without timestep sharing", "without discriminator",
+                "without split timesteps"):
+        assert f"\n| {row} | " in ablations
 
 
 def test_a_finished_run_is_not_trained_again(smoke: Path) -> None:
