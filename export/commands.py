@@ -15,7 +15,7 @@ from rich.text import Text
 from export.analysis import analyze
 from export.budgets import parse_size
 from export.calibrating import CalibrationOptions
-from export.console import NOWHERE, StageBars, noise_to, plan_table, recipe_table, say
+from export.console import NOWHERE, StageBars, loss_lines, noise_to, plan_table, recipe_table, say
 from export.errors import UserError
 from export.exporter import export
 from export.families.family import Contract
@@ -140,6 +140,8 @@ def _export_one(plan: ExportPlan, place: Path, console: Console) -> bool:
         logging.getLogger(__name__).exception("%s", place)  # the log alone shows where
         raise
     _show(console, report)
+    for line in loss_lines(load_manifest(place).recipe):
+        say(console, line)
     say(console, f'{place} is ready: export-flash generate {place} "a prompt"')
     return True
 
@@ -204,6 +206,9 @@ def run_inspect(bundle: Path) -> None:
     for hint in manifest.resources:
         sizes = [megabytes(count) for count in (hint.all_components, hint.denoising, hint.largest_component)]
         lines.append(f"{hint.format}: {sizes[0]} MB in all, {sizes[1]} MB while denoising, largest component {sizes[2]} MB")
+    calibrated = "calibrated" if manifest.recipe.calibrated else "not calibrated"
+    lines.append(f"weights by {manifest.recipe.name}, {calibrated}")
+    lines += loss_lines(manifest.recipe)
     lines.append(f"sigmas {' '.join(f'{s:g}' for s in manifest.sigmas)}; contract {manifest.contract}")
     lines.append(f"exact rewrites: {', '.join(manifest.rewrites) or 'none'}")
     lines.append(f"licence {manifest.licence.name}; {manifest.licence.attribution}")

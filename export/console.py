@@ -25,6 +25,7 @@ from export.compression.recipe import RecipeFile
 from export.compression.schemes import Scheme, stored_bytes
 from export.describing import describe_scheme
 from export.planning import ExportPlan
+from runtimes.bundle import RecipeEntry
 from runtimes.tables import compact_table, megabytes
 
 NOWHERE = Path(os.devnull)
@@ -119,6 +120,18 @@ def recipe_table(found: RecipeFile) -> Table:
             table.add_row(name, format, megabytes(recipe.bytes), f"{recipe.mean_bits:.2f}", shown, "")
         table.add_section()
     return table
+
+
+def loss_lines(recipe: RecipeEntry) -> list[str]:
+    """What storing the weights costs the pictures, a line a format."""
+    lines = []
+    for found in recipe.losses:
+        predicted = "" if found.predicted is None else f", predicted {found.predicted:.1e}"
+        lines.append(
+            f"{found.format} weights cost the final latents {found.measured:.1e} of their variance{predicted}: "
+            f"{found.latents:.1f} dB, pictures {found.image:.1f} dB ({found.prompts} prompts)"
+        )
+    return lines
 
 
 def _candidates(schemes: tuple[Scheme, ...]) -> str:

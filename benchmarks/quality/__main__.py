@@ -143,7 +143,7 @@ def rows_of(bench: Bench) -> Iterator[Row]:
     candidates = bench.candidates()
     for row in theirs:
         recipe = mixed(candidates, bench.settled, row.nbytes)
-        yield bench.measure(bench.rounded(f"ours, bytes of {row.method}", recipe, None), ours=True)
+        yield bench.measure(bench.rounded(f"ours, size of {row.method}", recipe, None), ours=True)
     for bits in BITS[bench.format.name]:
         recipe = mixed(candidates, bench.settled, int(bits * bench.count / 8))
         yield bench.measure(bench.rounded(f"ours, {bits:g} mean bits", recipe, None), ours=True)

@@ -32,7 +32,7 @@ def draw_chart(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 line = "-" if label.startswith("export-flash") else ""
                 panel.plot(*zip(*points, strict=True), line, marker=marker, label=label, color=COLOURS[label != "others"])
         for row in curves["others"]:
-            note = row["method"].replace(", ", "\n", 1)
+            note = row["method"].replace(", " ", 1)
             panel.annotate(note, (row["nbytes"] / 1e6, row["latents"]), (6, -14), textcoords="offset points", fontsize=7)
         panel.set(title=format, xlabel="stored weights, MB", ylabel="PSNR of the final latents, dB")
         panel.grid(alpha=0.3)

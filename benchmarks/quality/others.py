@@ -66,7 +66,7 @@ class CoreMLTools:
 
     @property
     def name(self) -> str:
-        return f"coremltools palettes, {self.bits} bits"
+        return f"coremltools {self.bits} bits"
 
     def make(self, part: Part, modules: list[nn.Module]) -> Made:
         pieces, nbytes = list[Piece](), 0
@@ -92,7 +92,7 @@ def _weight_file(package: Path) -> int:
 
 @dataclass
 class OnnxRuntime:
-    """`MatMulNBitsQuantizer` on the float32 graph, executed by ONNX Runtime. bytes: of all initializers."""
+    """`MatMulNBitsQuantizer` (bits/block) on the float32 graph, executed by ONNX Runtime. bytes: of all initializers."""
 
     bits: int
     block: int
@@ -100,7 +100,7 @@ class OnnxRuntime:
 
     @property
     def name(self) -> str:
-        return f"ONNX Runtime MatMulNBits, {self.bits} bits, blocks of {self.block}"
+        return f"ONNX Runtime {self.bits}/{self.block}"
 
     def make(self, part: Part, modules: list[nn.Module]) -> Made:
         pieces, nbytes = list[Piece](), 0
