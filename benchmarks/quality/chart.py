@@ -29,11 +29,13 @@ def draw_chart(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for (label, curve), marker in zip(curves.items(), ("o", "x", "s"), strict=True):
             points = sorted((row["nbytes"] / 1e6, row["latents"]) for row in curve)
             if points:
-                line = "-" if label.startswith("export-flash") else ""
-                panel.plot(*zip(*points, strict=True), line, marker=marker, label=label, color=COLOURS[label != "others"])
+                line = "solid" if label.startswith("export-flash") else "none"
+                colour = COLOURS[label != "others"]
+                panel.plot(*zip(*points, strict=True), linestyle=line, marker=marker, label=label, color=colour)
         for row in curves["others"]:
-            note = row["method"].replace(", " ", 1)
-            panel.annotate(note, (row["nbytes"] / 1e6, row["latents"]), (6, -14), textcoords="offset points", fontsize=7)
+            panel.annotate(
+                row["method"], (row["nbytes"] / 1e6, row["latents"]), (6, -14), textcoords="offset points", fontsize=7
+            )
         panel.set(title=format, xlabel="stored weights, MB", ylabel="PSNR of the final latents, dB")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7, loc="upper left")
