@@ -38,6 +38,7 @@ with quiet():
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
 
+SCALES = "_scales"  # how the names of MatMulNBits' scales end, which have to stay float32
 OPTIONS = EmitOptions(deployment_target="iOS18")
 
 
@@ -92,7 +93,10 @@ def _weight_file(package: Path) -> int:
 
 @dataclass
 class OnnxRuntime:
-    """`MatMulNBitsQuantizer` (bits/block) on the float32 graph, executed by ONNX Runtime. bytes: of all initializers."""
+    """`MatMulNBitsQuantizer` (bits/block) on the float32 graph, executed by ONNX Runtime.
+
+    bytes: of all initializers, what it leaves in float32 counted as float16, in which a careful user would store it.
+    """
 
     bits: int
     block: int
@@ -125,7 +129,9 @@ class OnnxRuntime:
 
 
 def _initializer_bytes(tensor: onnx.TensorProto) -> int:
-    return onnx.numpy_helper.to_array(tensor).nbytes
+    nbytes = onnx.numpy_helper.to_array(tensor).nbytes
+    kept = tensor.data_type == onnx.TensorProto.FLOAT and not tensor.name.endswith(SCALES)
+    return nbytes // 2 if kept else nbytes
 
 
 @dataclass
