@@ -179,3 +179,19 @@ def test_sizes_as_people_write_them(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is no size; write it as"):
         parse_size(text)
+
+
+def test_ios17_gets_palettes_that_it_knows(
+    checkpoint: Path, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    manifest = exported(capfd, tmp_path, *_flags(checkpoint, prompts), "--deployment-target", "iOS17", "--bits", 5)
+    assert {use.scheme for use in manifest.recipe.schemes} <= {"float16", *(f"palette {bits} bit" for bits in (4, 6, 8))}
+    assert len(manifest.recipe.schemes) > 2
+
+
+def test_presets_are_mean_bits(checkpoint: Path, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = [
+        exported(capfd, tmp_path / preset, *_flags(checkpoint, prompts), "--preset", preset).components[0].stored_bytes
+        for preset in ("small", "balanced", "best")
+    ]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
