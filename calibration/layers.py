@@ -3,11 +3,13 @@
 Let x_t [in] be a layer's input at position t (a token or a pixel, at any step), g_t [out] the gradient of <probe, target> with
 respect to its output there, and D the number of values of the target. An error E [out, in] of the weight moves the target by
 dz with <probe, dz> = <G, E>, where G = sum_t g_t x_t^T, to first order; over probes of independent signs the mean of <G, E>^2
-is |dz|^2 (Hutchinson 1989). Two things are gathered:
+is |dz|^2 (Hutchinson 1989). Three things are gathered:
 
 - moments: the mean of x_t x_t^T.
 - sketches: G r for a few random sign vectors r [in], for which the mean of (G_o r)^2 is |G_o|^2. r stays the same over the
   steps of a prompt, so that their sum over calls is the sketch of the whole G.
+- rounding, of linears: sum_t g_to^2 v_t, with v_t the variance of rounding x_t to 256 levels between its least and greatest
+  value (step^2 / 12). These errors are independent of each other, so that they move the target by sum_o rounding[o] |W_o|^2.
 
 `sensitivity[o] = mean (G_o r)^2 / trace(moments)` then makes sum_o sensitivity[o] E_o moments E_o^T the expected |dz|^2 of any
 error whose values are independent with equal variance, as rounding errors are: exactly, however positions and steps
@@ -80,6 +82,12 @@ def _convolve(conv: nn.Conv2d, x: Tensor, signs: Tensor) -> Tensor:
     return _channels(F.conv2d(x, weight, stride=conv.stride, padding=conv.padding))
 
 
+def _rounding_variance(rows: Tensor) -> Tensor:
+    """[positions]: the variance of rounding each row to 256 levels between its least and greatest value, 0 among them."""
+    step = (rows.amax(dim=1).clamp(min=0) - rows.amin(dim=1).clamp(max=0)) / 255
+    return step.square() / 12
+
+
 def _drawn(count: int) -> Tensor:
     """Positions for the moments: all, or `POSITIONS` different ones, the same for the same count."""
     if count <= POSITIONS:
@@ -134,6 +142,7 @@ class Sums:
     inputs: dict[str, InputSums] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
     sketches: dict[str, Tensor] = field(default_factory=dict)  # [prompts, out, SKETCHES]
+    rounding: dict[str, Tensor] = field(default_factory=dict)  # [out], of linears; the sum over prompts
 
     def sensitivity(self, layer: str) -> Tensor:
         """float32 [out]; 0 where nothing but zeros came in."""
@@ -141,8 +150,14 @@ class Sums:
         squares = self.sketches[layer].square().mean(dim=(0, 2))
         return squares / trace if trace else torch.zeros_like(squares)
 
+    def mean_rounding(self, layer: str) -> Tensor:
+        """float32 [out]; 0 for what is no linear."""
+        prompts, out, _ = self.sketches[layer].shape
+        return self.rounding[layer] / prompts if layer in self.rounding else self.sketches[layer].new_zeros(out)
+
     def save(self, path: Path) -> None:
         tensors = {f"sketch {name}": sketch for name, sketch in self.sketches.items()}
+        tensors |= {f"rounding {name}": rounding for name, rounding in self.rounding.items()}
         for name, sums in self.inputs.items():
             tensors[f"moments {name}"] = sums.moments
             tensors[f"total {name}"] = sums.total
@@ -158,7 +173,9 @@ class Sums:
                 name: InputSums(file.get_tensor(f"moments {name}"), file.get_tensor(f"total {name}"), count)
                 for name, count in samples.items()
             }
-            return cls(inputs, leaders, {name: file.get_tensor(f"sketch {name}") for name in leaders})
+            sketches = {name: file.get_tensor(f"sketch {name}") for name in leaders}
+            names = [key.removeprefix("rounding ") for key in file.keys() if key.startswith("rounding ")]  # noqa: SIM118
+            return cls(inputs, leaders, sketches, {name: file.get_tensor(f"rounding {name}") for name in names})
 
 
 class Observer:
@@ -198,7 +215,8 @@ class Observer:
             output = output.detach().requires_grad_()
         if name not in self.sums.sketches:
             self.sums.sketches[name] = output.new_zeros(self.prompts, kind.outputs(output).shape[1], SKETCHES)
-        output.register_hook(partial(self._backward, name, kind, projected))
+        variance = _rounding_variance(_last_axis(x)) if isinstance(layer, nn.Linear) else None
+        output.register_hook(partial(self._backward, name, kind, projected, variance))
         return output
 
     def _add_inputs(self, name: str, rows: Tensor, width: int) -> None:
@@ -216,5 +234,9 @@ class Observer:
             sums.moments.addmm_(rows.T, rows)
             sums.total += rows.sum(dim=0)
 
-    def _backward(self, name: str, kind: Kind, projected: Tensor, gradient: Tensor) -> None:
-        self.sums.sketches[name][self._prompt] += kind.outputs(gradient).T @ projected
+    def _backward(self, name: str, kind: Kind, projected: Tensor, variance: Tensor | None, gradient: Tensor) -> None:
+        outputs = kind.outputs(gradient)
+        self.sums.sketches[name][self._prompt] += outputs.T @ projected
+        if variance is not None:
+            rounding = outputs.square().T @ variance
+            self.sums.rounding[name] = self.sums.rounding.get(name, 0) + rounding

@@ -3,7 +3,7 @@
 <folder>/statistics.json                what was calibrated, and the file and tensors of every weight; written last
 <folder>/<piece>.safetensors            of the weights of one piece (a component, or one of a transformer's blocks):
     <weight>.moments, <weight>.mean     once for all weights that read the same tensor
-    <weight>.sensitivity
+    <weight>.sensitivity, <weight>.rounding
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class LayerStatistics:
     moments      float32 [in, in], the mean of x x^T
     mean         float32 [in], the mean of x
     sensitivity  float32 [out]
+    rounding     float32 [out]; rounding a linear's inputs to 8 bits a row moves the latents by sum_o rounding[o] |W_o|^2
     samples      positions that the means are over: tokens or pixels, of all steps and prompts
 
     An embedding's W is [rows, width]: moments and mean are float32 [rows], the share of each row among the look-ups, and
@@ -53,12 +54,17 @@ class LayerStatistics:
     moments: np.ndarray
     mean: np.ndarray
     sensitivity: np.ndarray
+    rounding: np.ndarray
     samples: int
 
     @property
     def is_lookup(self) -> bool:
         """Whether the weight is an embedding, whose inputs are rows to look up."""
         return self.moments.ndim == 1
+
+    def input_rounding(self, weight: np.ndarray) -> float:
+        """What rounding the inputs of a linear to 8 bits a row does to the final latents; 0 for other layers."""
+        return float(self.rounding @ np.square(weight.reshape(len(weight), -1), dtype=np.float64).sum(axis=1))
 
     def damage(self, error: np.ndarray) -> float:
         """What an error of the weight, of its shape, does to the final latents (or the picture), as said above."""
@@ -97,7 +103,8 @@ class Statistics:
         try:
             with safe_open(path, framework="numpy") as file:
                 moments, mean = (file.get_tensor(f"{place.inputs}.{kind}") for kind in ("moments", "mean"))
-                return LayerStatistics(moments, mean, file.get_tensor(f"{weight}.sensitivity"), place.samples)
+                sensitivity, rounding = (file.get_tensor(f"{weight}.{kind}") for kind in ("sensitivity", "rounding"))
+                return LayerStatistics(moments, mean, sensitivity, rounding, place.samples)
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{path} cannot be read ({error}); remove {self.folder} and calibrate again") from error
 
@@ -105,6 +112,7 @@ class Statistics:
 def save_piece(path: Path, sums: Sums) -> None:
     """The statistics of one piece, from what it gathered."""
     tensors = {f"{name}.sensitivity": sums.sensitivity(name) for name in sums.leaders}
+    tensors |= {f"{name}.rounding": sums.mean_rounding(name) for name in sums.leaders}
     for name, inputs in sums.inputs.items():
         tensors[f"{name}.moments"] = inputs.moments / inputs.samples
         tensors[f"{name}.mean"] = inputs.total / inputs.samples

@@ -1,8 +1,9 @@
 """From calibration to a recipe: what every candidate scheme of every weight would do to the pictures, and the choice.
 
 The loss of a candidate is the damage that its rounding does to the final latents (in the VAE decoder, to the picture) once
-error feedback has made up for what it can (`rounding.importance`). Losses add up, and one integer programme a format chooses
-under the budget. Without statistics the loss is the error's share of the weight's energy, whatever the weight is for.
+error feedback has made up for what it can (`rounding.importance`); where a backend rounds a layer's inputs as well, that is
+part of it. Losses add up, and one integer programme a format chooses under the budget. Without statistics the loss is the
+error's share of the weight's energy, whatever the weight is for.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from calibration.statistics import LayerStatistics, Statistics
 from export.calibrating import statistics_of
 from export.compression.allocation import Candidate, allocate
 from export.compression.estimating import squared_error
+from export.compression.ladders import rounds_inputs
 from export.compression.parallel import in_order
 from export.compression.recipe import Evidence, FormatRecipe, RecipeFile, WeightChoice, scheme_entry
 from export.compression.rounding import Layers, importance, known, nothing_known
-from export.compression.schemes import Plan, Scheme, stored_bytes
+from export.compression.schemes import Plan, Scheme, WeightInfo, stored_bytes
 from export.measuring import Loss
 from export.planning import ExportPlan
 from export.progress import Progress
@@ -58,7 +60,7 @@ def settle(plan: ExportPlan, statistics: Statistics | None, progress: Progress) 
             module = piece.load(plan.checkpoint)
             for format in plan.formats:
                 progress.step(f"{piece.name}: {format.name}")
-                weighed[format.name] |= weigh(part.name, module, part.plans[format.name][index], layers)
+                weighed[format.name] |= weigh(part.name, module, part.plans[format.name][index], format.name, layers)
     return {format.name: _choose(plan, format.name, weighed[format.name], statistics) for format in plan.formats}
 
 
@@ -69,18 +71,24 @@ def layers_of(statistics: Statistics | None, component: str) -> Layers:
     return lambda name, shape: statistics_of(statistics, component, name, shape)
 
 
-def weigh(component: str, module: nn.Module, plan: Plan, layers: Layers = nothing_known) -> dict[Key, list[Candidate]]:
-    """The candidates, with their losses, of a module's weights that have a choice."""
+def weigh(
+    component: str, module: nn.Module, plan: Plan, format: str, layers: Layers = nothing_known
+) -> dict[Key, list[Candidate]]:
+    """The candidates, with their losses in a format, of a module's weights that have a choice."""
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
 
-    def candidates(name: str) -> list[Candidate]:
-        layer = known(name, tuple(parameters[name].shape), parameters, layers)
-        weight = _sample((component, name), parameters[name].numpy(), layer)
-        shape = tuple(parameters[name].shape)
-        return [Candidate(s, stored_bytes(s, shape), _loss(weight, s)) for s in plan.candidates[name]]
+    def candidates(info: WeightInfo) -> list[Candidate]:
+        values = parameters[info.name].numpy()
+        layer = known(info.name, info.shape, parameters, layers)
+        weight = _sample((component, info.name), values, layer)
+        inputs = layer.input_rounding(values) if layer is not None else 0.0
+        return [
+            Candidate(s, stored_bytes(s, info.shape), _loss(weight, s) + inputs * rounds_inputs(info, s, format))
+            for s in plan.candidates[info.name]
+        ]
 
-    names = [info.name for info in plan.weights if len(plan.candidates[info.name]) > 1]
-    return {(component, name): found for name, found in zip(names, in_order(candidates, names), strict=True)}
+    names = [(component, info.name) for info in plan.undecided]
+    return dict(zip(names, in_order(candidates, plan.undecided), strict=True))
 
 
 def _sample(key: Key, values: np.ndarray, layer: LayerStatistics | None) -> _Weight:

@@ -121,7 +121,7 @@ class Bench:
         for part in self.plan.parts:
             self.bars.step(part.name)
             for module, plan in zip(self.modules[part.name], part.plans[self.format.name], strict=True):
-                found |= weigh(part.name, module, plan, self.layers(part.name))
+                found |= weigh(part.name, module, plan, self.format.name, self.layers(part.name))
         return found
 
     def budget(self, bits: float) -> int:

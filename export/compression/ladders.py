@@ -21,6 +21,11 @@ def ladder(info: WeightInfo, backend: str, deployment_target: str) -> tuple[Sche
     return _onnx(info) if backend == "onnx" else _executorch(info)
 
 
+def rounds_inputs(info: WeightInfo, scheme: Scheme, backend: str) -> bool:
+    """Whether the backend rounds a layer's inputs to 8 bits a row where its weight is stored so."""
+    return backend == "executorch" and info.kind == "linear" and isinstance(scheme, IntegerScheme)
+
+
 def _coreml(info: WeightInfo, deployment_target: str) -> tuple[Scheme, ...]:
     if info.kind == "other" or info.count < SMALL:
         return (FloatScheme(16),)

@@ -20,6 +20,7 @@ from export.checkpoint import Checkpoint
 from export.compression.schemes import weight_infos
 from export.families import read_family
 from export.families.family import GraphOptions
+from export.formats.executorch import round_per_token
 from export.rewrites import rewrites_of
 from tests.calibration.conftest import GRAPH, PROMPTS, Calibrate
 from tests.calibration.original import Original
@@ -223,6 +224,23 @@ def test_the_damage_of_rounding_a_whole_component_is_foretold(component: str, or
             foretold += eight.layer(component, name).damage(errors[name])
         ratios.append(foretold / measured_damage(original, component, errors))
     assert 0.5 < np.exp(np.mean(np.log(ratios))) < 2
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "transformer"])
+def test_the_damage_of_rounding_the_inputs_of_linears_is_foretold(
+    component: str, original: Original, eight: Statistics
+) -> None:
+    module = getattr(original.reference, component)
+    linears = {f"{name}.weight": part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    names = [name for name in linears if name in eight.places[component]]
+    foretold = sum(eight.layer(component, name).input_rounding(linears[name].weight.detach().numpy()) for name in names)
+    before = original.latents(PROMPTS).astype(np.float64)
+    hooks = [linears[name].register_forward_pre_hook(lambda _, given: (round_per_token(given[0]),)) for name in names]
+    after = original.latents(PROMPTS)
+    for hook in hooks:
+        hook.remove()
+    measured = np.square(after - before).mean() / before.var()
+    assert 1 / 2.5 < foretold / measured < 2.5
 
 
 def test_every_layer_of_either_contract_has_statistics_of_its_width(checkpoint: Checkpoint, two: Statistics) -> None:

@@ -68,12 +68,12 @@ def seeded(component: Component) -> nn.Module:
 
 
 def stored_by_plan(component: Component, module: nn.Module, backend: str, bits: int) -> dict[str, StoredWeight]:
-    return stored_by(schemes.plan(schemes.weight_infos(component.blank()), backend, bits), module)
+    return stored_by(schemes.plan(schemes.weight_infos(component.blank()), backend, bits), module, backend)
 
 
-def stored_by(plan: schemes.Plan, module: nn.Module) -> dict[str, StoredWeight]:
+def stored_by(plan: schemes.Plan, module: nn.Module, backend: str) -> dict[str, StoredWeight]:
     """A plan carried out within its mean bits."""
-    weighed = weigh("component", module, plan)
+    weighed = weigh("component", module, plan, backend)
     chosen = allocate(weighed, plan.expected_bytes() - plan.settled_bytes) if weighed else {}
     return round_module(module, {**plan.settled, **{name: candidate.scheme for (_, name), candidate in chosen.items()}})
 

@@ -30,7 +30,7 @@ def test_expected_bytes_from_shapes_bound_what_is_stored(backend: str, bits: int
     component = make()
     module = seeded(component)
     plan = schemes.plan(schemes.weight_infos(component.blank()), backend, bits)
-    stored = stored_by(plan, module)
+    stored = stored_by(plan, module, backend)
     total = sum(weight.nbytes for weight in stored.values())
     assert set(stored) == {name for name, _ in module.named_parameters()}
     assert total <= plan.expected_bytes()
@@ -43,7 +43,7 @@ def test_six_bits_on_android_mix_four_and_eight_within_the_mean(backend: str) ->
     component = encoder()
     module = seeded(component)
     plan = schemes.plan(schemes.weight_infos(component.blank()), backend, 6)
-    stored = stored_by(plan, module)
+    stored = stored_by(plan, module, backend)
     assert mean_bits({info.name: stored[info.name] for info in plan.undecided}) <= 6.0
     assert len({stored[info.name].bits for info in plan.undecided}) == 2
 
