@@ -64,6 +64,8 @@ class LayerStatistics:
 
     def input_rounding(self, weight: np.ndarray) -> float:
         """What rounding the inputs of a linear to 8 bits a row does to the final latents; 0 for other layers."""
+        if self.is_lookup:
+            return 0.0
         return float(self.rounding @ np.square(weight.reshape(len(weight), -1), dtype=np.float64).sum(axis=1))
 
     def damage(self, error: np.ndarray) -> float:

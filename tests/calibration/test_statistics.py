@@ -241,6 +241,9 @@ def test_the_damage_of_rounding_the_inputs_of_linears_is_foretold(
         hook.remove()
     measured = np.square(after - before).mean() / before.var()
     assert 1 / 2.5 < foretold / measured < 2.5
+    for name in ("text_model.embeddings.token_embedding.weight", "decoder.conv_in.weight"):
+        owner = "vae_decoder" if name.startswith("decoder") else "text_encoder"
+        assert eight.layer(owner, name).input_rounding(original.weight(owner, name).detach().numpy()) == 0
 
 
 def test_every_layer_of_either_contract_has_statistics_of_its_width(checkpoint: Checkpoint, two: Statistics) -> None:
