@@ -32,6 +32,7 @@ def command() -> None:
     export-flash inspect BUNDLE                            says what a bundle holds
     export-flash bench BUNDLE                              measures latency and memory
     export-flash cost BUNDLE                               counts operations, bytes and memory
+    export-flash report BUNDLE                             writes a page about a bundle
     """
 
 
@@ -166,6 +167,17 @@ def bench(**given: Any) -> None:
     from export import bench_command
 
     bench_command.run_bench(**given)
+
+
+@command.command()
+@click.argument("bundle", type=_file)
+@click.option("--benchmark", "benchmark_file", type=_file, help="Also show a result of bench --json.")
+@click.option("--out", type=_file, help="The page [<bundle>-report.html beside the bundle].")
+def report(**given: Any) -> None:
+    """Writes a page about a bundle: pictures, parity, sizes, drift, ranges and cost."""
+    from export import report_command
+
+    report_command.run_report(**given)
 
 
 @command.command()

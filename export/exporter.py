@@ -24,6 +24,7 @@ from export.reference import draw, reference_pipeline
 from runtimes.bundle import ComponentEntry, FileEntry, Manifest, SchemeUse, SelfTestEntry, describe_files, write_manifest
 from runtimes.golden import Case, Drawing, write_golden
 from runtimes.harness.parity import Report, verify_bundle
+from runtimes.harness.report import REPORT, write_report
 from runtimes.pipeline import Drawn, Pipeline, to_image
 from runtimes.registry import RUNTIMES
 from runtimes.selftest import write_selftest
@@ -79,7 +80,13 @@ def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
             drawn, selftest = _drawn_pictures(folder, manifest, progress)
             others = (*others, *drawn)
         finished = {"parity": report.to_entries(), "other_files": others, "selftest": selftest}
-        write_manifest(folder, manifest.model_copy(update=finished))
+        manifest = manifest.model_copy(update=finished)
+        if report.passed:
+            progress.stage("report", 1)
+            progress.step(REPORT)
+            page = describe_files(folder, [write_report(folder, manifest).name])
+            manifest = manifest.model_copy(update={"other_files": (*others, *page)})
+        write_manifest(folder, manifest)
         if not report.passed:
             raise GateFailed(report)
     return report

@@ -18,7 +18,7 @@ from rich.table import Table
 from runtimes.bundle import BundleError
 from runtimes.golden import Drawing, read_drawings
 from runtimes.harness.parity import psnr
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline import Drawn, Pipeline
 from runtimes.tables import compact_table
 
 
@@ -73,16 +73,17 @@ def measure_drift(folder: Path, runtime: str = "auto", *, low_memory: bool = Fal
 
 def follow(pipeline: Pipeline, drawings: Iterable[Drawing]) -> tuple[PromptDrift, ...]:
     """The pipeline's trajectory beside each drawing's. Raises `BundleError` where a drawing has another number of latents."""
-    rows = []
-    for drawing in drawings:
-        drawn = pipeline.generate(drawing.prompt, drawing.seed)
-        made = np.concatenate(drawn.latents)
-        if made.shape != drawing.latents.shape:
-            expected, found = list(made.shape), list(drawing.latents.shape)
-            raise BundleError(f"the golden latents of {drawing.prompt!r} have shape {found}; this bundle draws {expected}")
-        latents = tuple(psnr(ours, theirs) for ours, theirs in zip(made, drawing.latents, strict=True))
-        rows.append(PromptDrift(drawing.prompt, drawing.seed, latents, psnr(drawn.pixels, drawing.image)))
-    return tuple(rows)
+    return tuple(prompt_drift(pipeline.generate(drawing.prompt, drawing.seed), drawing) for drawing in drawings)
+
+
+def prompt_drift(drawn: Drawn, drawing: Drawing) -> PromptDrift:
+    """What a pipeline drew beside the original's drawing of the same prompt and seed. Raises `BundleError` as `follow` does."""
+    made = np.concatenate(drawn.latents)
+    if made.shape != drawing.latents.shape:
+        expected, found = list(made.shape), list(drawing.latents.shape)
+        raise BundleError(f"the golden latents of {drawing.prompt!r} have shape {found}; this bundle draws {expected}")
+    latents = tuple(psnr(ours, theirs) for ours, theirs in zip(made, drawing.latents, strict=True))
+    return PromptDrift(drawing.prompt, drawing.seed, latents, psnr(drawn.pixels, drawing.image))
 
 
 def decibels_in_json(value: float) -> float | str | None:
