@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from runtimes.bundle import load_manifest
 from runtimes.harness.bench_tables import pairs_table, result_table, verdict_table
 from runtimes.harness.history import append, check_comparable, compare, differences, history_file, latest_like, read_history
 from runtimes.harness.latency import ITERATIONS, check_counts, measure, open_bundle
+from runtimes.harness.on_device.device import Asked
+from runtimes.harness.on_device.registry import connect
+from runtimes.harness.on_device.tables import notes, placement_table
 from runtimes.harness.results import IMAGE, Against, BenchmarkModel, Result, describe_model, read_result
 
 LAST = "last"
@@ -52,8 +55,11 @@ def run_bench(
     json_file: Path | None,
     compare_with: str | None,
     import_file: Path | None,
+    device: str | None = None,
+    runner: Path | None = None,
+    sustained: float | None = None,
 ) -> None:
-    """Measures a bundle, or takes in what a phone measured of it; either way the result is shown and filed in the history.
+    """Measures a bundle here or on a device, or takes in what a phone measured of it; the result is shown and filed.
 
     Raises `UserError` or `BundleError`, one line, before the measuring begins, and `GraphError` where that fails.
     """
@@ -61,19 +67,24 @@ def run_bench(
         raise UserError(f"--json {json_file} cannot be written: there is no folder {json_file.parent}; choose another file")
     if model is not None and against is None:
         raise UserError(f"--model {model} is for --against; a bundle alone is measured without its checkpoint")
+    if device is None:
+        _refuse({"--runner": runner, "--sustained": sustained}, "is for --device; give that too, or leave it out")
     earlier = Earlier.read(compare_with)
     if import_file is not None:
         measuring = {"--runtime": runtime, "--threads": threads, "--iterations": iterations, "--against": against}
-        for option, value in measuring.items():
-            if value is not None:
-                raise UserError(f"{option} {value} is for measuring here; --import takes a result as it is: leave one out")
+        _refuse(measuring | {"--device": device}, "is for measuring here; --import takes a result as it is: leave one out")
         result = _imported(bundle, import_file)
         earlier.check(result.benchmark_model, result.host)
         _finish(Console(), result, earlier, json_file)
     else:
         with noise_to(NOWHERE) as console:
             count = ITERATIONS if iterations is None else iterations
-            result = _measured(console, bundle, runtime or "auto", threads, count, against, model, earlier)
+            if device is not None:
+                _refuse({"--against": against}, "runs the original on this computer, not on --device: leave one out")
+                asked = Asked(threads, count, sustained)
+                result = _measured_on_device(console, bundle, device, runner, runtime, asked, earlier)
+            else:
+                result = _measured(console, bundle, runtime or "auto", threads, count, against, model, earlier)
             _finish(console, result, earlier, json_file)
 
 
@@ -104,6 +115,25 @@ def _measured(
     return result.model_copy(update={"comparison": compared})
 
 
+def _measured_on_device(
+    console: Console, bundle: Path, device: str, runner: Path | None, runtime: str | None, asked: Asked, earlier: Earlier
+) -> Result:
+    check_counts(asked.threads, asked.iterations)
+    target = connect(device, runner, runtime)
+    opened = open_bundle(bundle, target.runtime)
+    target.check(opened, asked)
+    earlier.check(describe_model(opened.manifest), target.host)
+    with StageBars(console) as bars:
+        return target.measure(opened, asked, bars)
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """Raises `UserError` for the first of the options that was given."""
+    for option, value in options.items():
+        if value is not None:
+            raise UserError(f"{option} {value} {why}")
+
+
 def _imported(bundle: Path, file: Path) -> Result:
     """A result from elsewhere, if it is one of this bundle."""
     manifest, result = load_manifest(bundle), read_result(file)
@@ -123,6 +153,10 @@ def _finish(console: Console, result: Result, earlier: Earlier, json_file: Path 
     console.print(result_table(result))
     if result.comparison is not None:
         console.print("", pairs_table(result.comparison), sep="\n")
+    if result.placements:
+        console.print("", placement_table(result.placements), sep="\n")
+    for line in notes(result):
+        say(console, line)
     before = earlier.result
     if earlier.history is not None:
         before = latest_like(result, earlier.history)

@@ -162,6 +162,9 @@ def inspect(bundle: Path) -> None:
 @click.option("--json", "json_file", type=_file, help="Also write the result as JSON.")
 @click.option("--compare", "compare_with", metavar="FILE|last", help="An earlier result's JSON, or the last one filed.")
 @click.option("--import", "import_file", type=_file, help="File a result that a phone handed back.")
+@click.option("--device", metavar="mac|iphone[:NAME]|android[:SERIAL]", help="Measure on a device instead of here.")
+@click.option("--runner", type=_file, help="Android: executor_runner or onnxruntime_perf_test built for the phone.")
+@click.option("--sustained", type=float, metavar="SECONDS", help="Of --device: then run the transformer without a pause.")
 def bench(**given: Any) -> None:
     """Measures latency and memory of every component and of the whole picture."""
     from export import bench_command

@@ -9,7 +9,7 @@ from datetime import UTC
 from rich.table import Table
 
 from runtimes.harness.history import Verdict
-from runtimes.harness.results import Comparison, Result
+from runtimes.harness.results import Comparison, Memory, Result
 from runtimes.tables import compact_table
 
 
@@ -31,7 +31,7 @@ def result_table(result: Result) -> Table:
             row.load_mode or "—",
             *map(_ms, (load.first, load.warm, latency.p50, latency.p90, latency.p99)),
             "—" if memory is None else _megabytes(memory.peak_resident),
-            "—" if memory is None else _megabytes(memory.peak_resident - memory.baseline_resident),
+            _above_start(memory),
             _megabytes(row.bytes),
         )
     return table
@@ -69,6 +69,12 @@ def three_figures(value: float) -> str:
 def _ms(value: float) -> str:
     """Seconds as milliseconds, in six characters at most below 1,000 seconds."""
     return three_figures(1000 * value)
+
+
+def _above_start(memory: Memory | None) -> str:
+    if memory is None or memory.baseline_resident is None:
+        return "—"
+    return _megabytes(memory.peak_resident - memory.baseline_resident)
 
 
 def _megabytes(count: int) -> str:

@@ -4,6 +4,9 @@ Where others have a name it is theirs, in snake case: `start_datetime`, `environ
 `delegate`, `measured_samples`, `measured_duration` from MLPerf Mobile's app; `benchmark_model`, `quantization`,
 `model_load_time`, `device`, `arch`, `os`, `total_mem` from ExecuTorch's benchmark apps. Times are seconds, sizes are bytes.
 `python -m runtimes.harness.results` prints the JSON Schema, which runtimes/benchmark.schema.json holds.
+
+Version 2 adds what a device measured over a cable says: `conditions`, `sustained`, `placements`, `chip`, and null for the
+cores, memory and baseline that a device does not tell. A result of version 1 has none of these and is read as it is.
 """
 
 from __future__ import annotations
@@ -20,15 +23,19 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from runtimes.bundle import BundleError, ImageSize, Manifest, Sha256
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 IMAGE = "image"
 """Name of the row about a whole picture, from prompt to pixels."""
 
 LoadMode = Literal["mmap", "read"]
+Unit = Literal["cpu", "gpu", "neural_engine", "unknown"]
+# Android's names, android.os.PowerManager.THERMAL_STATUS_*, from 0 to 6.
+ThermalStatus = Literal["none", "light", "moderate", "severe", "critical", "emergency", "shutdown"]
 Against = Literal["diffusers", "torch", "torch-compile"]
 Seconds = Annotated[float, Field(ge=0, description="seconds")]
 Sample = Annotated[float, Field(gt=0, description="seconds; a clock that gives 0 is too coarse")]
 Bytes = Annotated[int, Field(ge=0, description="bytes")]
+Share = Annotated[float, Field(ge=0, le=1)]
 # A statistic may differ from that of the samples by what printing them to the microsecond costs.
 RELATIVE, ABSOLUTE = 1e-6, 1e-6
 
@@ -82,7 +89,7 @@ class LoadTime(_Model):
 class Memory(_Model):
     """Resident memory of the row's process: once libraries and inputs are in it, and at most while it loaded and ran."""
 
-    baseline_resident: Bytes
+    baseline_resident: Bytes | None = Field(description="bytes; null: what runs the artifact tells the peak alone")
     peak_resident: Bytes
 
 
@@ -127,8 +134,9 @@ class EnvironmentInfo(_Model):
     device: str = Field(description="the phone's model, or the computer's processor")
     arch: str
     os: str
-    cores: int = Field(ge=1)
-    total_mem: Bytes
+    cores: int | None = Field(ge=1, description="null: the device does not tell")
+    total_mem: Bytes | None = Field(description="bytes; null: the device does not tell")
+    chip: str | None = Field(default=None, description="as the device calls it; null: it does not tell")
 
 
 class Ratio(_Model):
@@ -172,10 +180,74 @@ class Comparison(_Model):
     pairs: tuple[Pairs, ...] = Field(min_length=1)
 
 
+class Condition(_Model):
+    """How warm and how charged a device is at one moment. Temperatures are degrees Celsius."""
+
+    thermal_status: ThermalStatus | None = Field(description="null: the system does not tell")
+    temperatures: Mapping[str, float] = Field(description="by sensor, as the system names them")
+    battery_level: Share | None
+    battery_temperature: float | None
+    powered: bool | None = Field(description="whether it is on a charger or cable that charges")
+
+
+class Conditions(_Model):
+    """Before the first measurement and after the last."""
+
+    before: Condition
+    after: Condition
+
+
+class Sustained(_Model):
+    """One row run without a pause for some time, in a process of its own: what remains of its speed once the device is warm."""
+
+    name: str = Field(min_length=1, description="of the row")
+    asked: Seconds = Field(description="how long it was to run, seconds")
+    latency: Latency
+    first: Seconds = Field(description="median of the first quarter of the samples")
+    last: Seconds = Field(description="median of the last quarter of the samples")
+
+    @classmethod
+    def of(cls, name: str, asked: float, samples: Sequence[float]) -> Sustained:
+        """From at least one sample, in the order they ran, seconds."""
+        return cls(name=name, asked=asked, latency=Latency.of(samples), **_ends(samples))
+
+    @property
+    def trend(self) -> float:
+        """Last over first: above 1, it became slower."""
+        return self.last / self.first
+
+    @model_validator(mode="after")
+    def _is_of_its_samples(self) -> Sustained:
+        for name, value in _ends(self.latency.samples).items():
+            if not math.isclose(getattr(self, name), value, rel_tol=RELATIVE, abs_tol=ABSOLUTE):
+                raise ValueError(f"{name} is {getattr(self, name)}, but that of the samples is {value:.9g}")
+        return self
+
+
+class PlacedOperations(_Model):
+    """The operations of one kind that one unit of the chip is to run."""
+
+    operator: str = Field(description="as the ML program names it, without the opset")
+    unit: Unit
+    count: int = Field(ge=1)
+    cost: Share = Field(description="of the estimated cost of the whole artifact")
+
+
+class Placement(_Model):
+    """Where Core ML means to run one artifact (MLComputePlan): an estimate of the system's own, made without running it."""
+
+    name: str = Field(min_length=1, description="a component of the manifest")
+    artifact: str = Field(description="its path in the bundle")
+    requested: str = Field(description="compute units, as the manifest names them")
+    cost: Mapping[Unit, Share] = Field(description="share of the estimated cost by unit")
+    operations: tuple[PlacedOperations, ...] = Field(description="the costly first")
+    warning: str | None = Field(description="where what was asked for is not what is going to happen")
+
+
 class Result(_Model):
     """One benchmark of one bundle through one runtime."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     host: bool = Field(description="true: measured on a computer, which says nothing about a phone's speed")
     start_datetime: AwareDatetime
     benchmark_model: BenchmarkModel
@@ -183,6 +255,9 @@ class Result(_Model):
     environment_info: EnvironmentInfo
     rows: tuple[Row, ...] = Field(min_length=1)
     comparison: Comparison | None = None
+    conditions: Conditions | None = Field(default=None, description="null: not asked of the system")
+    sustained: Sustained | None = Field(default=None, description="null: not asked for")
+    placements: tuple[Placement, ...] = Field(default=(), description="Core ML alone")
 
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
@@ -255,6 +330,11 @@ def _statistics(samples: Sequence[float]) -> dict[str, Any]:
         "measured_samples": len(samples),
         "measured_duration": math.fsum(samples),
     }
+
+
+def _ends(samples: Sequence[float]) -> dict[str, float]:
+    quarter = math.ceil(len(samples) / 4)
+    return {"first": float(np.median(samples[:quarter])), "last": float(np.median(samples[-quarter:]))}
 
 
 def _ratio(artifact: Sequence[float], other: Sequence[float]) -> dict[str, float]:

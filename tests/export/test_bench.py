@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from export import bench_command
 from export.bench_command import run_bench
 from export.benchmark_worker import graph_options, torch_runtime
 from export.benchmarking import check_original, compare_with_original
@@ -25,7 +26,8 @@ from runtimes.bundle import BundleError, load_manifest
 from runtimes.golden import read_cases
 from runtimes.graph import GraphError
 from runtimes.harness.history import history_file, read_history
-from runtimes.harness.latency import environment, open_bundle
+from runtimes.harness.latency import Listener, OpenBundle, environment, open_bundle
+from runtimes.harness.on_device.device import Asked
 from runtimes.harness.results import (
     IMAGE,
     BackendSettings,
@@ -33,6 +35,7 @@ from runtimes.harness.results import (
     LoadTime,
     Result,
     Row,
+    Sustained,
     describe_model,
     now,
     read_result,
@@ -130,6 +133,27 @@ def test_result_of_a_phone_is_filed_and_compared(
     assert read_history(history) == (result,)
 
 
+def test_result_of_a_device_is_shown_and_filed(
+    part: Path, history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Device:
+        host, runtime = False, "onnxruntime"
+
+        def check(self, opened: OpenBundle, asked: Asked) -> None:
+            assert asked == Asked(2, 5, 60.0)
+
+        def measure(self, opened: OpenBundle, asked: Asked, listener: Listener) -> Result:
+            sustained = Sustained.of("text_encoder", 60, [0.1, 0.2])
+            return phone_result(opened.folder, "text_encoder").model_copy(update={"sustained": sustained})
+
+    monkeypatch.setattr(bench_command, "connect", lambda device, runner, runtime: Device())
+    bench(part, device="android", runner=Path("x"), threads=2, iterations=5, sustained=60.0)
+    shown = capfd.readouterr().err
+    assert "phone timings, a phone" in shown and "text_encoder for 60 s: 2 runs, 100 ms at first and 200 ms at last" in shown
+    (result,) = read_history(history)
+    assert result.sustained is not None and result.sustained.trend == pytest.approx(2)
+
+
 def edited(bundle: Path, file: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     fields = json.loads(phone_result(bundle, IMAGE).to_json())
     edit(fields)
@@ -164,6 +188,13 @@ def test_results_that_are_not_of_the_bundle_are_not_filed(
         ({"compare_with": "none.json"}, "none.json cannot be read"),
         ({"import_file": Path("none.json")}, "none.json cannot be read"),
         ({"import_file": Path("x"), "threads": 2}, "--threads 2 is for measuring here"),
+        ({"import_file": Path("x"), "device": "android"}, "--device android is for measuring here"),
+        ({"sustained": 3.0}, "--sustained 3.0 is for --device"),
+        ({"runner": Path("x")}, "--runner x is for --device"),
+        ({"device": "watch"}, "--device watch does not exist"),
+        ({"device": "android", "against": "torch"}, "--against torch runs the original on this computer"),
+        ({"device": "android", "sustained": 0.5}, "--sustained 0.5 is not a time to run for"),
+        ({"device": "mac:mine"}, "only this one can be measured"),
         ({"against": "diffusers"}, "--against diffusers: diffusers draws pictures, which .* cannot: choose torch"),
         ({"against": "torch"}, "--model .*flash-mini is not what .* was made of: its fingerprint is"),
         ({"against": "torch", "model": "no/such/model/here"}, "there is no folder or file no/such/model/here"),
@@ -172,7 +203,7 @@ def test_results_that_are_not_of_the_bundle_are_not_filed(
 def test_bad_options_are_one_line_before_anything_is_measured(
     part: Path, history: Path, options: dict[str, Any], complaint: str
 ) -> None:
-    with pytest.raises((UserError, BundleError), match=complaint) as caught:
+    with pytest.raises((UserError, BundleError, GraphError), match=complaint) as caught:
         bench(part, **options)
     assert "\n" not in str(caught.value) and not history.exists()
 

@@ -120,7 +120,7 @@ def test_json_is_read_back_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(result.to_json())
     assert read_result(tmp_path / "result.json") == result
     fields = json.loads(result.to_json())
-    assert fields["host"] is True and fields["schema_version"] == 1
+    assert fields["host"] is True and fields["schema_version"] == 2
 
 
 def latency(fields: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def edited(edit: Callable[[dict[str, Any]], object]) -> str:
         ("[" * 100_000, "x is not valid JSON: "),
         ("[]", "x is no benchmark result: Input should be a valid dictionary"),
         (edited(lambda r: r.pop("host")), "host: Field required"),
-        (edited(lambda r: r.update(schema_version=2)), "schema_version: Input should be 1"),
+        (edited(lambda r: r.update(schema_version=3)), "schema_version: Input should be 1 or 2"),
         (edited(lambda r: r.update(host=False)), "host is False, but the platform is linux"),
         (edited(lambda r: r.update(start_datetime="2026-01-01T00:00:00")), "start_datetime: Input should have timezone info"),
         (edited(lambda r: r.update(phone="mine")), "phone: Extra inputs are not permitted"),
