@@ -16,11 +16,15 @@ UNCALIBRATED_BITS = (16, 8, 6)
 
 @dataclass(frozen=True)
 class Budget:
-    """bits: the mean of every weight that has a choice, scales and palettes included; or nbytes: of all weights of a format."""
+    """bits: the mean of every weight that has a choice, scales and palettes included; or nbytes: of all weights of a format.
+
+    asked: by the user; the target's own gives way where the weights of a small model take more at the least.
+    """
 
     name: str
     bits: float | None = None
     nbytes: int | None = None
+    asked: bool = True
 
     @property
     def compresses(self) -> bool:
@@ -33,6 +37,8 @@ class Budget:
         least = sum(min(stored_bytes(scheme, info.shape) for scheme in schemes) for info, schemes in undecided)
         fixed = sum(plan.settled_bytes for plan in plans)
         spent = int((self.bits or 0) * count / 8) if self.nbytes is None else self.nbytes - fixed
+        if spent < least and not self.asked:
+            return least
         if spent < least:
             needs = f"{least + fixed:,} bytes" if self.nbytes is not None else f"{_up(8 * least / count):g} bits"
             raise UserError(f"{self.name} is too small for {format}, whose weights take at least {needs}")
@@ -53,7 +59,7 @@ def choose_budget(target: Target, bits: float | None, size: int | None, preset: 
     wanted = target.default_bits if bits is None else bits
     if not 1 <= wanted <= 16:
         raise UserError(f"--bits {wanted:g} are no mean bits of a weight; give a number from 1 to 16")
-    return Budget(f"--bits {wanted:g}", bits=wanted)
+    return Budget(f"--bits {wanted:g}", bits=wanted, asked=bits is not None)
 
 
 def parse_size(text: str) -> int:

@@ -50,12 +50,13 @@ def fit_scales(
     low, high = integer_range(bits)
     weights = np.ones(blocks.shape[1:], np.float32) if importance is None else importance.astype(np.float32)
     steps = np.abs(blocks).max(axis=2) / np.float32(high)
+    unit = np.where(steps > 0, steps, np.float32(1))[:, :, None]  # squares of the smallest floats would all be 0
     best_error = np.full(steps.shape, np.inf, np.float32)
     scales = np.empty_like(steps)
     for trial in _SCALE_TRIALS[bits]:
         scale = storable_scales(steps * np.float32(trial), bfloat16)
         rounded = np.clip(np.rint(blocks / scale[:, :, None]), low, high)
-        error = np.einsum("obi,bi->ob", np.square(blocks - rounded * scale[:, :, None]), weights)
+        error = np.einsum("obi,bi->ob", np.square((blocks - rounded * scale[:, :, None]) / unit), weights)
         better = error < best_error
         best_error[better] = error[better]
         scales[better] = scale[better]
