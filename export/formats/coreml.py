@@ -90,6 +90,7 @@ class CoreMLFormat:
         exported = export_graph(component, with_stored(module, stored)).run_decompositions({})
         _simplify(exported)
         target = getattr(ct.target, options.deployment_target)
+        mb.name_count.clear()  # names must not depend on what this process converted before
         program = ct.convert(
             exported,
             convert_to="milinternal",
@@ -105,7 +106,6 @@ class CoreMLFormat:
         with tempfile.TemporaryDirectory() as weights:
             spec, _ = mil_convert_to_proto(program, "milinternal", "mlprogram", ConverterRegistry, PassPipeline.EMPTY,
                                            specification_version=target.value, weights_dir=weights)
-            mb.name_count.clear()  # the names of the next conversion must not depend on this one
             _describe(spec, component, options)
             _write_package(path, spec.SerializeToString(deterministic=True), Path(weights) / "weight.bin", component.name)
         files, nbytes = artifact_files(path, folder)
