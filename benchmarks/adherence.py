@@ -44,7 +44,7 @@ def runtimes_of(bundle: Path) -> Iterator[tuple[str, Draw]]:
 
 def original(sigmas: tuple[float, ...]) -> Draw:
     """Unmodified diffusers in float32."""
-    pipeline = reference_pipeline(open_checkpoint(built_in()))
+    pipeline = reference_pipeline(open_checkpoint(built_in()), resident=True)
 
     def draw(prompt: str, seed: int) -> np.ndarray:
         return (

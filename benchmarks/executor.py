@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from export.commands import built_in
-from export.compression.rounding import round_module
+from export.compression.rounding import round_weights
 from export.console import NOWHERE, noise_to
 from export.planning import ExportOptions, make_plan
 from export.recording import run as run_eager
@@ -60,7 +60,8 @@ def main(model: str | None, resolution: int | None, bits: int, rounds: int, json
             for spec in piece.inputs
         }
         with tempfile.TemporaryDirectory() as folder, noise_to(NOWHERE):
-            (artifact,) = format.emit(piece, module, round_module(module, piece_plan.settled), Path(folder), plan.emit)
+            stored = round_weights(dict(module.named_parameters()), piece_plan.settled)
+            (artifact,) = format.emit(piece, module, stored, Path(folder), plan.emit)
             graph = load_executor(artifact.path)
             pairs = []
             for round_number in range(3 + rounds):

@@ -34,6 +34,7 @@ class CalibrationOptions:
     device    cpu, cuda or mps
     cache     where statistics are kept
     chunks    pieces of the transformer, one in memory at a time; None: one a block
+    count     how many of the checkpoint's own prompts are used where no file is given; None: all
     """
 
     prompts: Path | None = None
@@ -41,6 +42,7 @@ class CalibrationOptions:
     device: str | None = None
     cache: Path | None = None
     chunks: int | None = None
+    count: int | None = None
 
 
 def calibrate(
@@ -58,10 +60,10 @@ def calibrate(
     """
     try:
         device = choose_device(options.device)
-        prompts = read_prompts(options.prompts) if options.prompts else calibration_prompts(checkpoint.flash)
+        prompts = read_prompts(options.prompts) if options.prompts else calibration_prompts(checkpoint.flash)[: options.count]
         shape = family.latent_shape(graph)[1:]
         images = read_latents(options.images, shape, len(prompts)) if options.images else None
-        pieces = _pieces(checkpoint, family, graph, options.chunks or _blocks(checkpoint))
+        pieces = _pieces(checkpoint, family, graph, options.chunks or family.blocks)
         trajectory = student_trajectory(pieces, _token_ids(checkpoint, prompts), graph.sigmas, images)
         subject = Subject(fingerprint or checkpoint.fingerprint(), prompts, graph.sigmas, (graph.width, graph.height))
         return gather(trajectory, subject, options.cache or default_cache(), device, progress)
@@ -99,10 +101,6 @@ def _pieces(checkpoint: Checkpoint, family: Family, graph: GraphOptions, chunks:
 
 def _piece(checkpoint: Checkpoint, component: Component, owner: str) -> Piece:
     return Piece(component.name, owner, component.inputs, component.outputs, partial(component.load, checkpoint))
-
-
-def _blocks(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.config("transformer")["num_layers"])
 
 
 def _token_ids(checkpoint: Checkpoint, prompts: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+from torch import Tensor
 
 from calibration.statistics import LayerStatistics, Statistics
 from export.calibrating import statistics_of
@@ -57,10 +57,10 @@ def settle(plan: ExportPlan, statistics: Statistics | None, progress: Progress) 
     for part in undecided:
         layers = layers_of(statistics, part.name)
         for index, piece in enumerate(part.pieces):
-            module = piece.load(plan.checkpoint)
+            weights = piece.weights(plan.checkpoint)
             for format in plan.formats:
                 progress.step(f"{piece.name}: {format.name}")
-                weighed[format.name] |= weigh(part.name, module, part.plans[format.name][index], format.name, layers)
+                weighed[format.name] |= weigh(part.name, weights, part.plans[format.name][index], format.name, layers)
     return {format.name: _choose(plan, format.name, weighed[format.name], statistics) for format in plan.formats}
 
 
@@ -72,14 +72,13 @@ def layers_of(statistics: Statistics | None, component: str) -> Layers:
 
 
 def weigh(
-    component: str, module: nn.Module, plan: Plan, format: str, layers: Layers = nothing_known
+    component: str, weights: Mapping[str, Tensor], plan: Plan, format: str, layers: Layers = nothing_known
 ) -> dict[Key, list[Candidate]]:
-    """The candidates, with their losses in a format, of a module's weights that have a choice."""
-    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    """The candidates, with their losses in a format, of a component's weights that have a choice."""
 
     def candidates(info: WeightInfo) -> list[Candidate]:
-        values = parameters[info.name].numpy()
-        layer = known(info.name, info.shape, parameters, layers)
+        values = weights[info.name].detach().numpy()
+        layer = known(info.name, info.shape, weights, layers)
         weight = _sample((component, info.name), values, layer)
         inputs = layer.input_rounding(values) if layer is not None else 0.0
         return [
@@ -138,7 +137,10 @@ def _choose(
 
 def with_measured(recipes: Mapping[str, FormatRecipe], losses: Mapping[str, Loss]) -> dict[str, FormatRecipe]:
     """The recipes with what they were seen to cost."""
-    return {name: recipe.model_copy(update={"measured_loss": losses[name].latents}) for name, recipe in recipes.items()}
+    return {
+        name: recipe.model_copy(update={"measured_loss": losses[name].latents}) if name in losses else recipe
+        for name, recipe in recipes.items()
+    }
 
 
 def recipe_file(plan: ExportPlan, fingerprint: str, formats: Mapping[str, FormatRecipe], prompts: int | None) -> RecipeFile:

@@ -87,6 +87,11 @@ _of_the_weights = _options(
 @click.option("--chunks", default="auto", show_default=True, help="Pieces of the transformer: auto or a number.")
 @click.option("--rewrite/--no-rewrite", "rewrite", default=True, show_default=True, help="All exact rewrites on or off.")
 @click.option("--without", multiple=True, help="Leave out one exact rewrite, such as fold_null_tokens.")
+@click.option(
+    "--check",
+    type=click.Choice(["pictures", "step"]),
+    help="Compare whole pictures, or one denoising step and one decode [step for large models].",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be made and every refusal; read no weights.")
 def export(**given: Any) -> None:
     """Makes a bundle: calibrates, traces, compresses, writes, runs and compares every component."""
@@ -201,7 +206,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()), 2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("stopped; nothing half-made was left", 130)
+        _fail("stopped; nothing half-made was left, and the same export goes on from here", 130)
     except Exception as error:
         from calibration.errors import CalibrationError
         from export.errors import UserError

@@ -19,7 +19,7 @@ from export.console import NOWHERE, StageBars, loss_lines, noise_to, plan_table,
 from export.errors import UserError
 from export.exporter import export
 from export.families.family import Contract
-from export.planning import ExportOptions, ExportPlan, make_plan
+from export.planning import Check, ExportOptions, ExportPlan, make_plan
 from export.publish import GateFailed, check_place
 from export.rewrites import Rewrites, rewrites_of
 from export.targets import TARGETS, Target, choose_formats, load_format
@@ -91,6 +91,7 @@ def _export_options(
     chunks: str,
     rewrite: bool,
     without: tuple[str, ...],
+    check: Check | None = None,
 ) -> ExportOptions:
     return ExportOptions(
         model=model or built_in(),
@@ -110,6 +111,7 @@ def _export_options(
         formats=formats,
         components=components,
         chunks=_chunks(chunks),
+        check=check,
     )
 
 

@@ -1,24 +1,31 @@
-"""Every component in the order of use, one in memory at a time, with the weights that each format stores of it."""
+"""Every component in the order of use, with the weights that each format stores of it.
+
+Weights are read and rounded one at a time, and what is run is loaded a stretch at a time, so that memory holds the stored
+weights of one component and one stretch, however large the model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import nn
 
 from calibration.statistics import Statistics
 from export.calibrating import calibrate
+from export.checkpoint import Checkpoint
 from export.choosing import layers_of
+from export.components.component import Component
 from export.compression.recipe import FormatRecipe
-from export.compression.rounding import round_module
-from export.compression.stored import IntegerWeight, StoredWeight
+from export.compression.rounding import round_weights
+from export.compression.stored import FloatWeight, IntegerWeight, StoredWeight
 from export.formats.format import Format
 from export.measuring import Loss, Trial, loss
 from export.planning import ExportPlan, Part
 from export.progress import Progress
-from export.recording import Piece
+from export.recording import Stretch
 from runtimes.conditioning import NAMES, Contract
 
 Stored = Mapping[str, StoredWeight]
@@ -26,23 +33,49 @@ Stored = Mapping[str, StoredWeight]
 
 @dataclass(frozen=True)
 class Compressed:
-    """A component: the modules of its pieces, and by format what is stored of each (nothing of a component not exported)."""
+    """A component, and by format what is stored of its weights (nothing of a component that is not exported)."""
 
     part: Part
-    modules: tuple[nn.Module, ...]
-    stored: Mapping[str, tuple[Stored, ...]]
+    checkpoint: Checkpoint
+    stored: Mapping[str, Stored]
 
     @property
-    def original(self) -> list[Piece]:
-        return list(zip(self.part.pieces, self.modules, strict=True))
+    def original(self) -> list[Stretch]:
+        """The original modules."""
+        return [Stretch(piece, partial(piece.load, self.checkpoint)) for piece in self.part.stretches]
 
-    def references(self, format: Format) -> list[Piece] | None:
-        """The compressed references of the pieces; None where the stored weights are the originals."""
-        stored = self.stored.get(format.name, ())
-        if all(_is_exact(module, weights) for module, weights in zip(self.modules, stored)):  # noqa: B905 (none are stored)
+    def references(self, format: Format) -> list[Stretch] | None:
+        """The compressed references; None where the stored weights are the originals."""
+        if self._is_exact(format):
             return None
-        references = [format.reference(module, weights) for module, weights in zip(self.modules, stored, strict=True)]
-        return list(zip(self.part.pieces, references, strict=True))
+        return [Stretch(piece, partial(self._reference, piece, format)) for piece in self.part.stretches]
+
+    def stored_of(self, piece: Component, format: str) -> dict[str, StoredWeight]:
+        """What a format stores of one piece."""
+        stored = self.stored[format]
+        return {name: stored[name] for name in piece.weights(self.checkpoint) if name in stored}
+
+    def skeleton(self, piece: Component, format: str) -> nn.Module:
+        """A piece whose stored weights are on the meta device: a format puts them there itself."""
+        return piece.load(self.checkpoint, left_out=self.stored[format].keys())
+
+    def _reference(self, piece: Component, format: Format) -> nn.Module:
+        return format.reference(self.skeleton(piece, format.name), self.stored_of(piece, format.name))
+
+    def _is_exact(self, format: Format) -> bool:
+        """Whether the stored weights are the originals, so that the original is its own compressed reference."""
+        stored = self.stored.get(format.name, {})
+        if any(isinstance(weight, IntegerWeight) for weight in stored.values()):
+            return False
+        # Palettes first, which differ at once where they differ at all.
+        pieces = [(p.weights(self.checkpoint), self.stored_of(p, format.name)) for p in self.part.pieces if stored]
+        return all(
+            np.array_equal(weight.dequantize(), weights[name].numpy())
+            for floats in (False, True)
+            for weights, found in pieces
+            for name, weight in found.items()
+            if isinstance(weight, FloatWeight) is floats
+        )
 
 
 class Trials:
@@ -55,7 +88,7 @@ class Trials:
         self.original = Trial(contract, tokenizers, prompts)
         self.formats = {format.name: Trial(contract, tokenizers, prompts) for format in plan.formats}
 
-    def advance(self, component: Compressed, references: Mapping[str, list[Piece] | None]) -> None:
+    def advance(self, component: Compressed, references: Mapping[str, list[Stretch] | None]) -> None:
         """Runs a component for every prompt. Components come in the order of use."""
         self.original.advance(component.part.name, component.original)
         for name, trial in self.formats.items():
@@ -76,31 +109,31 @@ def statistics_for(plan: ExportPlan, progress: Progress, fingerprint: str) -> St
 def compressed(
     plan: ExportPlan, recipes: Mapping[str, FormatRecipe], statistics: Statistics | None, progress: Progress, stage: str
 ) -> Iterator[Compressed]:
-    """Loads and rounds the components of a plan. Each takes a step to load and one a format."""
-    progress.stage(stage, len(plan.parts) * (1 + len(plan.formats)))
+    """Rounds the components of a plan, one after another. Each takes a step a format."""
+    progress.stage(stage, len(plan.parts) * len(plan.formats))
     for part in plan.parts:
-        progress.step(f"{part.name}: weights")
-        modules = tuple(piece.load(plan.checkpoint) for piece in part.pieces)
-        layers = layers_of(statistics, part.name)
-        stored = {}
-        for format in plan.formats:
-            progress.step(f"{part.name}: {format.name}")
-            if part.name in plan.exported:
-                chosen = recipes[format.name].schemes(part.name)
-                plans = [{info.name: chosen[info.name] for info in piece.weights} for piece in part.plans[format.name]]
-                stored[format.name] = tuple(round_module(m, p, layers) for m, p in zip(modules, plans, strict=True))
-        yield Compressed(part, modules, stored)
+        yield compress(plan, part, recipes, statistics, progress)
+
+
+def compress(
+    plan: ExportPlan, part: Part, recipes: Mapping[str, FormatRecipe], statistics: Statistics | None, progress: Progress
+) -> Compressed:
+    """Rounds one component for every format."""
+    layers = layers_of(statistics, part.name)
+    stored: dict[str, Stored] = {}
+    for format in plan.formats:
+        progress.step(f"{part.name}: {format.name}")
+        if part.name not in plan.exported:
+            continue
+        chosen, found = recipes[format.name].schemes(part.name), dict[str, StoredWeight]()
+        for piece, piece_plan in zip(part.pieces, part.plans[format.name], strict=True):
+            names = {info.name: chosen[info.name] for info in piece_plan.weights}
+            found |= round_weights(piece.weights(plan.checkpoint), names, layers)
+        stored[format.name] = found
+    return Compressed(part, plan.checkpoint, stored)
 
 
 def contract_of(plan: ExportPlan) -> Contract:
     """How the graphs of a plan are fed."""
     scaled = plan.graph.rewrites.latent_scale_in_decoder
     return Contract(NAMES[plan.graph.contract], scaled, plan.family.latent_layout(plan.graph), plan.graph.sigmas)
-
-
-def _is_exact(module: nn.Module, stored: Stored) -> bool:
-    """Whether the stored weights are the originals, so that the original is its own compressed reference."""
-    return all(
-        not isinstance(weight, IntegerWeight) and np.array_equal(weight.dequantize(), module.get_parameter(name).numpy())
-        for name, weight in stored.items()
-    )

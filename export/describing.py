@@ -40,12 +40,12 @@ DELEGATED_FLOOR = 0.5  # least share of the multiply-accumulates that ExecuTorch
 
 
 def component_entry(
-    folder: Path, plan: ExportPlan, part: Part, artifacts: Sequence[Artifact], stored: Sequence[Mapping[str, StoredWeight]]
+    folder: Path, plan: ExportPlan, part: Part, artifacts: Sequence[Artifact], stored: Mapping[str, StoredWeight]
 ) -> ComponentEntry:
     """One component in one format, from its pieces' artifacts and stored weights in order."""
     tensors = [(entries(artifact.inputs), entries(artifact.outputs)) for artifact in artifacts]
     feeds = chunk_feeds(tensors) if len(artifacts) > 1 else [()]
-    weights = [weight for piece in stored for weight in piece.values()]
+    weights = stored.values()
     count = sum(math.prod(weight.shape) for weight in weights)
     nbytes = sum(weight.nbytes for weight in weights)
     format = artifacts[0].format
@@ -76,9 +76,9 @@ def component_entry(
     )
 
 
-def scheme_uses(component: str, format: str, stored: Sequence[Mapping[str, StoredWeight]]) -> list[SchemeUse]:
+def scheme_uses(component: str, format: str, stored: Mapping[str, StoredWeight]) -> list[SchemeUse]:
     """How many tensors are stored by each scheme."""
-    weights = [weight for piece in stored for weight in piece.values()]
+    weights = stored.values()
     tensors = Counter(_scheme_words(weight) for weight in weights)
     return [
         SchemeUse(

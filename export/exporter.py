@@ -1,190 +1,303 @@
 """The steps of an export, in their order: calibration, the recipe, reference pictures, then component by component weights,
-golden cases, artifacts; then the manifest, the parity gate, and publication."""
+golden cases and artifacts; then the manifest, the parity gate, pictures, the page, and publication.
+
+What is finished is noted in a journal: an export that was stopped goes on with what is left.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from calibration.prompts import golden_prompts
 from calibration.statistics import Statistics
 from export.choosing import recipe_file, settle, with_measured
-from export.compressing import Compressed, Trials, compressed, contract_of, statistics_for
+from export.compressing import Compressed, compress, contract_of, statistics_for
 from export.compression.recipe import FormatRecipe
-from export.describing import component_entry, make_manifest, make_recipe_entry, scheme_uses
+from export.describing import TOOLS, component_entry, make_manifest, make_recipe_entry, scheme_uses
 from export.diffusers_layout import write_layout
-from export.measuring import Loss
-from export.planning import ExportPlan
+from export.journal import Journal
+from export.measuring import Loss, loss_of
+from export.planning import ExportPlan, Part
 from export.progress import Progress
 from export.publish import GateFailed, publishing
 from export.recording import Recorder, entries
 from export.reference import draw, reference_pipeline
-from runtimes.bundle import ComponentEntry, FileEntry, Manifest, SchemeUse, SelfTestEntry, describe_files, write_manifest
-from runtimes.golden import Case, Drawing, write_golden
+from runtimes.bundle import (
+    ComponentEntry,
+    FileEntry,
+    GoldenPrompt,
+    GoldenTensors,
+    Manifest,
+    SchemeUse,
+    describe_files,
+    write_manifest,
+)
+from runtimes.golden import IMAGES, Drawing, golden_entry, read_entry, read_images, write_cases, write_drawings
 from runtimes.harness.parity import Report, verify_bundle
 from runtimes.harness.report import REPORT, write_report
-from runtimes.pipeline import Drawn, Pipeline, to_image
+from runtimes.pipeline import Drawn, to_image
 from runtimes.registry import RUNTIMES
 from runtimes.selftest import write_selftest
 
 RECIPE = "recipe.json"
-
-
-@dataclass(frozen=True)
-class Made:
-    """What came of a component in every format."""
-
-    entries: tuple[ComponentEntry, ...]
-    schemes: tuple[SchemeUse, ...]
-    cases: tuple[Case, ...]
+PICTURES = "pictures"
+FINISHED = "finished before"  # by an export that was stopped
 
 
 def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
     """Makes the bundle of a plan at `place`, which holds the old one until the new one has passed.
 
     Returns the parity report. Raises `GateFailed`, with the report as its argument, where a comparison failed; what was made
-    then lies in `<place>.failed`.
+    then lies in `<place>.failed`. Stopped and called again for the same plan, it repeats nothing that was finished.
     """
-    with publishing(place, plan.needed_bytes) as folder:
-        progress.stage("checkpoint", 1)
-        progress.step("fingerprint")
-        fingerprint = plan.checkpoint.fingerprint()
-        statistics = statistics_for(plan, progress, fingerprint)
-        recipes = settle(plan, statistics, progress)
-        drawings = _draw(plan, progress)
-        trials = Trials(plan, golden_prompts(plan.checkpoint.flash, plan.measured_prompts))
-        made = _components(folder, plan, compressed(plan, recipes, statistics, progress, "components"), drawings, trials)
-        losses = trials.losses()
-        _write_recipe(folder, plan, fingerprint, recipes, losses, statistics)
-        _copy_texts(folder, plan)
-        others = (*_pictures(folder, drawings), *describe_files(folder, [RECIPE]))
-        if plan.graph.contract == "diffusers" and any(format.name == "onnx" for format in plan.formats):
-            others = (*others, *write_layout(folder, plan.checkpoint))
-        cases = {part.name: made[part.name].cases for part in plan.parts if part.name in plan.exported}
+    progress.stage("checkpoint", 1)
+    progress.step("fingerprint")
+    fingerprint = plan.checkpoint.fingerprint()
+    with publishing(place, plan.needed_bytes, key_of(plan, fingerprint)) as folder:
+        return _Export(plan, folder, fingerprint, progress).make()
+
+
+def key_of(plan: ExportPlan, fingerprint: str) -> str:
+    """Equal for two exports that make the same: a hash of the checkpoint's content, the plan, this package and its tools."""
+    here = Path(__file__).parent
+    sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(here.rglob("*.py"))]
+    calibration = None if plan.calibration is None else {k: str(v) for k, v in asdict(plan.calibration).items()}
+    recipe = None if plan.recipe is None else plan.recipe.model_dump(mode="json")
+    asked = [
+        fingerprint,
+        plan.target.name,
+        asdict(plan.graph),
+        asdict(plan.emit),
+        [asdict(plan.budget), dict(plan.budgets)],
+        recipe,
+        calibration,
+        [format.name for format in plan.formats],
+        sorted(plan.exported),
+        [plan.golden_prompts, plan.check],
+        {name: importlib.metadata.version(name) for name in TOOLS},
+        sources,
+    ]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What came of a component in every format."""
+
+    entries: tuple[ComponentEntry, ...]
+    schemes: tuple[SchemeUse, ...]
+    golden: GoldenTensors | None
+
+
+@dataclass
+class _Export:
+    """One export into the folder of the bundle in work."""
+
+    plan: ExportPlan
+    folder: Path
+    fingerprint: str
+    progress: Progress
+    drawn: dict[str, list[Drawn]] = field(default_factory=dict)  # by format, prompt by prompt
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.folder)
+
+    @cached_property
+    def statistics(self) -> Statistics | None:
+        return statistics_for(self.plan, self.progress, self.fingerprint)
+
+    def make(self) -> Report:
+        recipes = self._recipes()
+        drawings = self._drawings()
+        made = self._components(recipes, drawings)
+        others = self._copy_texts()
+        golden = [item.golden for item in made if item.golden is not None]
+        uses = [use for item in made for use in item.schemes]
+        prompts = [GoldenPrompt(prompt=drawing.prompt, seed=drawing.seed) for drawing in drawings]
         manifest = make_manifest(
-            folder,
-            plan,
-            [entry for item in made.values() for entry in item.entries],
-            make_recipe_entry(plan, recipes, losses, [use for item in made.values() for use in item.schemes]),
-            write_golden(folder, cases, drawings),
-            fingerprint,
-            plan.tokenizers,
+            self.folder,
+            self.plan,
+            [entry for item in made for entry in item.entries],
+            make_recipe_entry(self.plan, recipes, {}, uses),
+            golden_entry(self.folder, prompts, golden),
+            self.fingerprint,
+            self.plan.tokenizers,
             others,
         )
-        write_manifest(folder, manifest)
-        report = _verify(folder, manifest, progress)
-        selftest = None
-        if report.passed and plan.exported == {part.name for part in plan.parts}:
-            drawn, selftest = _drawn_pictures(folder, manifest, progress)
-            others = (*others, *drawn)
-        finished = {"parity": report.to_entries(), "other_files": others, "selftest": selftest}
+        write_manifest(self.folder, manifest)
+        report = self._verify(manifest)
+        losses = {format: _loss(drawn, drawings) for format, drawn in self.drawn.items()}
+        others = (*others, self._write_recipe(with_measured(recipes, losses)), *self._pictures())
+        finished: dict[str, object] = {
+            "recipe": make_recipe_entry(self.plan, recipes, losses, uses),
+            "parity": report.to_entries(),
+            "other_files": others,
+        }
+        if report.passed and self.drawn:
+            runtimes = {runtime.format: runtime.name for runtime in RUNTIMES.values()}
+            first = {format: (runtimes[format], drawn[0]) for format, drawn in self.drawn.items()}
+            finished["selftest"] = write_selftest(self.folder, manifest, manifest.golden.prompts[0], first)
         manifest = manifest.model_copy(update=finished)
         if report.passed:
-            progress.stage("report", 1)
-            progress.step(REPORT)
-            page = describe_files(folder, [write_report(folder, manifest).name])
-            manifest = manifest.model_copy(update={"other_files": (*others, *page)})
-        write_manifest(folder, manifest)
+            self.progress.stage("report", 1)
+            self.progress.step(REPORT)
+            write_manifest(self.folder, manifest)
+            page = write_report(self.folder, manifest, measured=self.plan.check == "pictures")
+            manifest = manifest.model_copy(update={"other_files": (*others, *describe_files(self.folder, [page.name]))})
+        write_manifest(self.folder, manifest)
         if not report.passed:
             raise GateFailed(report)
-    return report
+        return report
 
+    def _recipes(self) -> dict[str, FormatRecipe]:
+        found = self.journal.recall("recipe")
+        if found is not None:
+            return {format: FormatRecipe.model_validate(recipe) for format, recipe in found.items()}
+        recipes = settle(self.plan, self.statistics, self.progress)
+        self.journal.note("recipe", {format: recipe.model_dump(mode="json") for format, recipe in recipes.items()}, [])
+        return recipes
 
-def _draw(plan: ExportPlan, progress: Progress) -> list[Drawing]:
-    """What unmodified diffusers draws of the golden prompts."""
-    prompts = golden_prompts(plan.checkpoint.flash, plan.golden_prompts)
-    progress.stage("reference pictures", len(prompts))
-    pipeline = reference_pipeline(plan.checkpoint)
-    drawings = []
-    for seed, prompt in enumerate(prompts):
-        progress.step(prompt)
-        drawings.append(draw(pipeline, plan.graph, prompt, seed))
-    return drawings
+    def _drawings(self) -> list[Drawing]:
+        """What unmodified diffusers draws of the golden prompts."""
+        prompts = golden_prompts(self.plan.checkpoint.flash, self.plan.golden_prompts)
+        entries = [GoldenPrompt(prompt=prompt, seed=seed) for seed, prompt in enumerate(prompts)]
+        self.progress.stage("reference pictures", len(prompts))
+        if self.journal.recall("drawings") is not None:
+            for _ in entries:
+                self.progress.step(FINISHED)
+        else:
+            pipeline = reference_pipeline(self.plan.checkpoint)
+            drawings = []
+            for entry in entries:
+                self.progress.step(entry.prompt)
+                drawings.append(draw(pipeline, self.plan.graph, entry.prompt, entry.seed))
+            write_drawings(self.folder, drawings)
+            (self.folder / PICTURES).mkdir(exist_ok=True)
+            for p, drawing in enumerate(drawings):
+                to_image(drawing.image).save(self.folder / PICTURES / f"prompt{p}-original.png")
+            paths = [IMAGES, *(f"{PICTURES}/prompt{p}-original.png" for p in range(len(drawings)))]
+            self.journal.note("drawings", True, paths)
+        return list(read_images(self.folder, entries))
 
+    def _components(self, recipes: Mapping[str, FormatRecipe], drawings: Sequence[Drawing]) -> list[_Made]:
+        """Every component in the order of use: stored weights, golden cases and artifacts."""
+        plan = self.plan
+        transformer = next(part for part in plan.parts if part.name == "transformer")
+        pair = [plan.tokenizers["tokenizer"], plan.tokenizers["tokenizer_2"]]
+        steps = None if plan.check == "pictures" else (0,)
+        recorder = Recorder(contract_of(plan), pair, drawings, entries(transformer.pieces[0].inputs), steps)
+        self.progress.stage("components", len(plan.parts) * (2 * len(plan.formats) + 1))
+        return [self._component(part, recipes, recorder) for part in plan.parts]
 
-def _components(
-    folder: Path, plan: ExportPlan, components: Iterator[Compressed], drawings: Sequence[Drawing], trials: Trials
-) -> dict[str, Made]:
-    """Every component in the order of use: golden cases, artifacts, and what its stored weights change in the pictures."""
-    transformer = next(part for part in plan.parts if part.name == "transformer")
-    pair = [plan.tokenizers["tokenizer"], plan.tokenizers["tokenizer_2"]]
-    recorder = Recorder(contract_of(plan), pair, drawings, entries(transformer.pieces[0].inputs))
-    made = {}
-    for component in components:
+    def _component(self, part: Part, recipes: Mapping[str, FormatRecipe], recorder: Recorder) -> _Made:
+        found = self.journal.recall(part.name)
+        if found is None:
+            return self._make_component(part, recipes, recorder)
+        for _ in range(2 * len(self.plan.formats) + 1):
+            self.progress.step(f"{part.name}: {FINISHED}")
+        golden = GoldenTensors.model_validate(found["golden"])
+        recorder.recall(part.name, list(read_entry(self.folder, golden)))
+        return _Made(
+            tuple(ComponentEntry.model_validate(entry) for entry in found["entries"]),
+            tuple(SchemeUse.model_validate(use) for use in found["schemes"]),
+            golden if part.name in self.plan.exported else None,
+        )
+
+    def _make_component(self, part: Part, recipes: Mapping[str, FormatRecipe], recorder: Recorder) -> _Made:
+        plan, progress = self.plan, self.progress
+        component = compress(plan, part, recipes, self.statistics, progress)
+        progress.step(f"{part.name}: golden cases")
         references = {format.name: component.references(format) for format in plan.formats}
-        cases = recorder.record(component.part.name, component.original, {k: v for k, v in references.items() if v})
-        trials.advance(component, references)
-        if component.part.name in plan.exported:
-            made[component.part.name] = _emit(folder, plan, component, cases)
-    return made
+        cases = recorder.record(part.name, component.original, {name: found for name, found in references.items() if found})
+        golden = write_cases(self.folder, part.name, cases)
+        paths, entries, uses = [golden.path], list[ComponentEntry](), list[SchemeUse]()
+        for format in plan.formats:
+            progress.step(f"{part.name}: {format.name}")
+            if part.name in plan.exported:
+                entry = self._emit(component, format.name)
+                entries.append(entry)
+                uses += scheme_uses(part.name, format.name, component.stored[format.name])
+                paths += [file.path for artifact in entry.artifacts for file in artifact.files]
+        note = {
+            "golden": golden.model_dump(mode="json"),
+            "entries": [entry.model_dump(mode="json") for entry in entries],
+            "schemes": [use.model_dump(mode="json") for use in uses],
+        }
+        self.journal.note(part.name, note, paths)
+        return _Made(tuple(entries), tuple(uses), golden if part.name in plan.exported else None)
 
-
-def _emit(folder: Path, plan: ExportPlan, component: Compressed, cases: Sequence[Case]) -> Made:
-    part, entries, uses = component.part, [], list[SchemeUse]()
-    for format in plan.formats:
-        stored = component.stored[format.name]
+    def _emit(self, component: Compressed, name: str) -> ComponentEntry:
+        part, (format,) = component.part, [format for format in self.plan.formats if format.name == name]
         artifacts = [
             artifact
-            for piece, module, weights in zip(part.pieces, component.modules, stored, strict=True)
-            for artifact in format.emit(piece, module, weights, folder, plan.emit)
+            for piece in part.pieces
+            for artifact in format.emit(
+                piece, component.skeleton(piece, name), component.stored_of(piece, name), self.folder, self.plan.emit
+            )
         ]
-        entries.append(component_entry(folder, plan, part, artifacts, stored))
-        uses += scheme_uses(part.name, format.name, stored)
-    return Made(tuple(entries), tuple(uses), tuple(cases))
+        return component_entry(self.folder, self.plan, part, artifacts, component.stored[name])
+
+    def _copy_texts(self) -> tuple[FileEntry, ...]:
+        """Tokenizers as phones read them, and as transformers does, the checkpoint's licence, and diffusers' layout."""
+        plan, folder = self.plan, self.folder
+        for name, tokenizer in plan.tokenizers.items():
+            tokenizer.save(folder / name)
+            for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):  # what transformers reads
+                if (plan.checkpoint.tokenizers[name] / file).is_file():
+                    shutil.copyfile(plan.checkpoint.tokenizers[name] / file, folder / name / file)
+        for path in plan.checkpoint.licence_files:
+            shutil.copyfile(path, folder / path.name)
+        # The cases of a component that is not exported served the next ones.
+        for part in plan.parts:
+            if part.name not in plan.exported:
+                (folder / "golden" / f"{part.name}.safetensors").unlink(missing_ok=True)
+        others = describe_files(folder, [PICTURES])
+        if plan.graph.contract == "diffusers" and any(format.name == "onnx" for format in plan.formats):
+            others = (*others, *write_layout(folder, plan.checkpoint))
+        return others
+
+    def _verify(self, manifest: Manifest) -> Report:
+        pictures = self.plan.check == "pictures"
+        self.progress.stage("parity", len(manifest.components) + pictures * len(manifest.formats))
+
+        def keep(format: str, drawn: Drawn) -> None:
+            self.drawn.setdefault(format, []).append(drawn)
+
+        return verify_bundle(
+            self.folder,
+            low_memory=not pictures,
+            pictures=pictures,
+            on_component=lambda component, format: self.progress.step(f"{component}: {format}"),
+            on_drawn=keep,
+        )
+
+    def _pictures(self) -> tuple[FileEntry, ...]:
+        """pictures/prompt<p>-<format>.png: what the bundle draws."""
+        paths = []
+        for format, drawn in self.drawn.items():
+            for p, result in enumerate(drawn):
+                paths.append(f"{PICTURES}/prompt{p}-{format}.png")
+                result.image.save(self.folder / paths[-1])
+        return describe_files(self.folder, paths)
+
+    def _write_recipe(self, recipes: Mapping[str, FormatRecipe]) -> FileEntry:
+        """recipe.json, which `--recipe` takes."""
+        prompts = None if self.statistics is None else len(self.statistics.subject.prompts)
+        recipe_file(self.plan, self.fingerprint, recipes, prompts).save(self.folder / RECIPE)
+        (entry,) = describe_files(self.folder, [RECIPE])
+        return entry
 
 
-def _write_recipe(
-    folder: Path,
-    plan: ExportPlan,
-    fingerprint: str,
-    recipes: Mapping[str, FormatRecipe],
-    losses: Mapping[str, Loss],
-    statistics: Statistics | None,
-) -> None:
-    """recipe.json, which `--recipe` takes."""
-    prompts = None if statistics is None else len(statistics.subject.prompts)
-    recipe_file(plan, fingerprint, with_measured(recipes, losses), prompts).save(folder / RECIPE)
-
-
-def _copy_texts(folder: Path, plan: ExportPlan) -> None:
-    """Tokenizers as phones read them, and as transformers does, and the checkpoint's licence."""
-    for name, tokenizer in plan.tokenizers.items():
-        tokenizer.save(folder / name)
-        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):  # what transformers reads
-            if (plan.checkpoint.tokenizers[name] / file).is_file():
-                shutil.copyfile(plan.checkpoint.tokenizers[name] / file, folder / name / file)
-    for path in plan.checkpoint.licence_files:
-        shutil.copyfile(path, folder / path.name)
-
-
-def _pictures(folder: Path, drawings: Sequence[Drawing]) -> tuple[FileEntry, ...]:
-    """pictures/prompt<p>-original.png: what unmodified diffusers draws."""
-    (folder / "pictures").mkdir()
-    for p, drawing in enumerate(drawings):
-        to_image(drawing.image).save(folder / "pictures" / f"prompt{p}-original.png")
-    return describe_files(folder, ["pictures"])
-
-
-def _verify(folder: Path, manifest: Manifest, progress: Progress) -> Report:
-    runs = len(manifest.components) + len(manifest.formats)
-    progress.stage("parity", runs)
-    return verify_bundle(folder, on_component=lambda component, format: progress.step(f"{component}: {format}"))
-
-
-def _drawn_pictures(folder: Path, manifest: Manifest, progress: Progress) -> tuple[tuple[FileEntry, ...], SelfTestEntry]:
-    """pictures/prompt<p>-<format>.png: what the bundle draws; apps test themselves by the first of them."""
-    progress.stage("pictures", len(manifest.formats) * len(manifest.golden.prompts))
-    paths, drawn = list[str](), dict[str, tuple[str, Drawn]]()
-    for runtime in RUNTIMES.values():
-        if runtime.format not in manifest.formats:
-            continue
-        pipeline = Pipeline.open(folder, runtime.name)
-        for p, golden in enumerate(manifest.golden.prompts):
-            progress.step(f"{runtime.format}: {golden.prompt}")
-            paths.append(f"pictures/prompt{p}-{runtime.format}.png")
-            result = pipeline.generate(golden.prompt, golden.seed)
-            result.image.save(folder / paths[-1])
-            drawn.setdefault(runtime.format, (runtime.name, result))
-    return describe_files(folder, paths), write_selftest(folder, manifest, manifest.golden.prompts[0], drawn)
+def _loss(drawn: Sequence[Drawn], drawings: Sequence[Drawing]) -> Loss:
+    """What a bundle's own pictures lost against those of unmodified diffusers."""
+    return loss_of(
+        [(result.latents[-1][0], result.pixels) for result in drawn],
+        [(drawing.latents[-1], drawing.image) for drawing in drawings],
+    )

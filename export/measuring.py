@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from export.recording import Piece, entries, run
+from export.recording import Stretch, entries, run_all
 from runtimes.conditioning import Arrays, Contract
 from runtimes.harness.parity import psnr
-from runtimes.sampler import noise, sample
+from runtimes.sampler import euler_step, noise
 from runtimes.tokenizer import Tokenizer
 
 
@@ -26,35 +27,39 @@ class Trial:
         self.prompts = prompts
         self.latents = np.empty(0, np.float32)
         self.images = np.empty(0, np.float32)
-        self._made: dict[str, list[Arrays]] = {}
+        self._made: dict[str, Sequence[Arrays]] = {}
 
-    def advance(self, component: str, pieces: Sequence[Piece]) -> None:
-        """Runs a component, given as its pieces, for every prompt. Components come in the order of use."""
+    def advance(self, component: str, stretches: Sequence[Stretch]) -> None:
+        """Runs a component, given as its stretches, for every prompt. Components come in the order of use."""
         if component in ("text_encoder", "text_encoder_2"):
             tokenizer = self.tokenizers[component == "text_encoder_2"]
-            self._made[component] = [run(pieces, {"input_ids": tokenizer(prompt)}) for prompt in self.prompts]
+            self._made[component] = run_all(stretches, [{"input_ids": tokenizer(prompt)} for prompt in self.prompts])
         elif component == "conditioner":
-            self._made[component] = [run(pieces, self.contract.conditioner_inputs(*pair)) for pair in self._encoded()]
+            self._made[component] = run_all(stretches, [self.contract.conditioner_inputs(*pair) for pair in self._encoded()])
         elif component == "transformer":
-            self.latents = np.concatenate([self._denoised(pieces, seed) for seed in range(len(self.prompts))])
+            self.latents = np.concatenate(self._denoised(stretches))
         else:
             latents = np.split(self.latents, len(self.latents))
-            images = [self.contract.pixels(run(pieces, self.contract.decoder_inputs(latent))) for latent in latents]
-            self.images = np.stack(images)
+            made = run_all(stretches, [self.contract.decoder_inputs(latent) for latent in latents])
+            self.images = np.stack([self.contract.pixels(outputs) for outputs in made])
 
     def _encoded(self) -> list[tuple[Arrays, Arrays]]:
         return list(zip(self._made["text_encoder"], self._made["text_encoder_2"], strict=True))
 
-    def _denoised(self, pieces: Sequence[Piece], seed: int) -> np.ndarray:
+    def _denoised(self, stretches: Sequence[Stretch]) -> list[np.ndarray]:
+        """The final latents; all prompts take a step before the next one, so that each stretch is loaded once a step."""
+        contract = self.contract
         if "conditioner" in self._made:
-            given = self._made["conditioner"][seed]
+            given = self._made["conditioner"]
         else:
-            given = self.contract.unhoisted(*self._encoded()[seed], entries(pieces[0][0].inputs))
-
-        def velocity(latent: np.ndarray, step: int) -> np.ndarray:
-            return run(pieces, self.contract.transformer_inputs(given, latent, step))[self.contract.names.velocity]
-
-        return sample(velocity, noise(seed, self.contract.latent.shape), self.contract.sigmas)[-1]
+            inputs = entries(stretches[0].component.inputs)
+            given = [contract.unhoisted(*pair, inputs) for pair in self._encoded()]
+        latents = [noise(seed, contract.latent.shape) for seed in range(len(self.prompts))]
+        for step, (sigma, sigma_next) in enumerate(pairwise(contract.sigmas)):
+            asked = [contract.transformer_inputs(*pair, step) for pair in zip(given, latents, strict=True)]
+            velocities = [outputs[contract.names.velocity] for outputs in run_all(stretches, asked)]
+            latents = [euler_step(x, v, sigma, sigma_next) for x, v in zip(latents, velocities, strict=True)]
+        return latents
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,19 @@ class Loss:
 
 def loss(trial: Trial, original: Trial) -> Loss:
     """What a trial lost against that of the original modules."""
-    error = float(np.square(trial.latents - original.latents, dtype=np.float64).mean())
+    return loss_of(
+        list(zip(trial.latents, trial.images, strict=True)), list(zip(original.latents, original.images, strict=True))
+    )
+
+
+def loss_of(drawn: Sequence[tuple[np.ndarray, np.ndarray]], original: Sequence[tuple[np.ndarray, np.ndarray]]) -> Loss:
+    """What pictures lost against the original's: pairs of final latents and image, prompt by prompt."""
+    latents, images = (np.stack(arrays) for arrays in zip(*drawn, strict=True))
+    true_latents, true_images = (np.stack(arrays) for arrays in zip(*original, strict=True))
+    error = float(np.square(latents - true_latents, dtype=np.float64).mean())
     return Loss(
-        len(original.prompts),
-        error / float(np.var(original.latents, dtype=np.float64)),
-        psnr(trial.latents, original.latents),
-        psnr(trial.images, original.images),
+        len(original),
+        error / float(np.var(true_latents, dtype=np.float64)),
+        psnr(latents, true_latents),
+        psnr(images, true_images),
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
+from calibration.prompts import read_prompts
 from export.budgets import Budget, check_uncalibrated, choose_budget
 from export.calibrating import CalibrationOptions
 from export.checkpoint import Checkpoint, open_checkpoint
@@ -13,6 +15,7 @@ from export.components.component import Component, check_weights
 from export.compression.ladders import ladder
 from export.compression.recipe import RecipeFile, check_fits, read_recipe
 from export.compression.schemes import FloatScheme, Plan, Scheme, WeightInfo, plan, weight_infos
+from export.effort import CALIBRATION_PASSES, LARGE, affordable_prompts, duration, macs, macs_per_second
 from export.errors import UserError
 from export.families import read_family
 from export.families.family import Contract, Family, GraphOptions
@@ -24,11 +27,29 @@ from runtimes.tokenizer import Tokenizer
 
 # Golden cases and graphs beside the stored weights, and what formats write on the way.
 SPARE_BYTES = 64 << 20
+# Of float32 weights that run at a time; small models are run whole.
+STRETCH_BYTES = 256 << 20
+
+
+Check = Literal["pictures", "step"]
+"""How far artifacts are compared with the original: whole pictures, or one denoising step and one decode."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Multiply-accumulates of a picture's parts: what runs once a prompt, one step, the decoder."""
+
+    once: int
+    step: int
+    decoder: int
+
+    def picture(self, steps: int) -> int:
+        return self.once + steps * self.step + self.decoder
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What a user asks of one target. None: the checkpoint's or the target's own.
+    """What a user asks of one target. None: the checkpoint's or the target's own, or what fits the model's size.
 
     bits, size_budget (bytes), preset and recipe are four ways to say how large it may get: at most one of them.
     """
@@ -50,17 +71,22 @@ class ExportOptions:
     formats: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
     chunks: int | None = None
-    golden_prompts: int = 2
-    measured_prompts: int = 4
+    check: Check | None = None
+    golden_prompts: int | None = None
+    measured_prompts: int | None = None
 
 
 @dataclass(frozen=True)
 class Part:
-    """One component: its pieces in order (one, or a transformer's chunks), and of each format each piece's plan."""
+    """One component: its pieces in order (one, or a transformer's chunks), and of each format each piece's plan.
+
+    stretches: the same computation in the order in which this computer runs it, where whole pieces are too large for that
+    """
 
     name: str
     pieces: tuple[Component, ...]
     plans: Mapping[str, tuple[Plan, ...]]
+    stretches: tuple[Component, ...]
 
     def expected_bytes(self, format: str) -> int:
         return sum(piece.expected_bytes() for piece in self.plans[format])
@@ -93,8 +119,10 @@ class ExportPlan:
     parts: tuple[Part, ...]
     exported: frozenset[str]
     tokenizers: Mapping[str, Tokenizer]
+    check: Check
     golden_prompts: int
     measured_prompts: int
+    effort: Effort
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -127,6 +155,7 @@ def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
     while options.chunks is None and rewrites.hoist_conditioner and _largest_chunk(parts) > target.chunk_bytes:
         graph = replace(graph, chunks=graph.chunks + 1)
         parts, budgets = _parts(family.components(graph), formats, exported, schemes)
+    parts = _with_stretches(parts, family, graph)
     if recipe is not None:
         _check_recipe(recipe, parts, exported, formats)
     licence = checkpoint.licence or "see the checkpoint's own terms"
@@ -145,6 +174,10 @@ def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
     tokenizers = {name: Tokenizer.from_checkpoint(path) for name, path in checkpoint.tokenizers.items()}
     notes = (*checkpoint.notes, *([sigmas.note] if sigmas.note else []))
     calibrates = options.calibrate and any(_compresses(part) for part in parts if part.name in exported)
+    effort = _effort(parts)
+    is_large = effort.picture(len(graph.sigmas) - 1) > LARGE
+    check: Check = options.check or ("step" if is_large else "pictures")
+    calibration = _affordable(options.calibration, effort.picture(len(graph.sigmas) - 1)) if calibrates else None
     return ExportPlan(
         target,
         checkpoint,
@@ -154,15 +187,44 @@ def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
         budget,
         budgets,
         recipe,
-        options.calibration if calibrates else None,
+        calibration,
         formats,
         parts,
         exported,
         tokenizers,
-        options.golden_prompts,
-        options.measured_prompts,
-        notes,
+        check,
+        options.golden_prompts or (1 if is_large else 2),
+        options.measured_prompts or (1 if is_large else 4),
+        effort,
+        (*notes, *(_large_notes(effort, len(graph.sigmas) - 1, check, calibration) if is_large else ())),
     )
+
+
+def _effort(parts: tuple[Part, ...]) -> Effort:
+    counts = {part.name: macs(part.pieces) for part in parts}
+    step, decoder = counts.pop("transformer"), counts.pop("vae_decoder")
+    return Effort(sum(counts.values()), step, decoder)
+
+
+def _affordable(options: CalibrationOptions, picture: int) -> CalibrationOptions:
+    """The same, with as many of the built-in prompts as a model of this size is calibrated on by default."""
+    return options if options.prompts is not None else replace(options, count=affordable_prompts(picture))
+
+
+def _large_notes(effort: Effort, steps: int, check: Check, calibration: CalibrationOptions | None) -> list[str]:
+    """What a large model's export is going to compute, and about how long that takes here."""
+    speed, picture = macs_per_second(), effort.picture(steps)
+    compared = "one denoising step and one decode" if check == "step" else "whole pictures"
+    other = "--check pictures draws them whole" if check == "step" else "--check step is faster"
+    notes = [
+        f"a picture takes {picture / 1e12:.1f} T multiply-accumulates, about {duration(picture / speed)} here; artifacts are "
+        f"compared over {compared} ({other})"
+    ]
+    if calibration is not None:
+        count = (calibration.count or 0) if calibration.prompts is None else len(read_prompts(calibration.prompts))
+        takes = duration(CALIBRATION_PASSES * count * picture / speed)
+        notes.append(f"calibration on {count} prompts takes about {takes}; --calibration-prompts FILE takes others, or more")
+    return notes
 
 
 def _asked(target: Target, options: ExportOptions) -> tuple[RecipeFile | None, Budget]:
@@ -210,6 +272,18 @@ def _parts(
     return tuple(part.with_mean_bits(spread) for part in parts), budgets
 
 
+def _with_stretches(parts: tuple[Part, ...], family: Family, graph: GraphOptions) -> tuple[Part, ...]:
+    """The transformer in stretches of at most STRETCH_BYTES, or of one block."""
+    (transformer,) = (part for part in parts if part.name == "transformer")
+    plans = next(iter(transformer.plans.values()))
+    count = -(-4 * sum(info.count for plan in plans for info in plan.weights) // STRETCH_BYTES)
+    chunks = min(family.blocks, count)
+    if not graph.rewrites.hoist_conditioner or chunks <= len(transformer.pieces):
+        return parts
+    fine = tuple(c for c in family.components(replace(graph, chunks=chunks)) if _owner(c) == transformer.name)
+    return tuple(replace(part, stretches=fine) if part is transformer else part for part in parts)
+
+
 def _largest_chunk(parts: tuple[Part, ...]) -> int:
     """Expected bytes of the transformer's largest piece in any format."""
     (transformer,) = (part for part in parts if part.name == "transformer")
@@ -219,7 +293,7 @@ def _largest_chunk(parts: tuple[Part, ...]) -> int:
 def _part(name: str, components: tuple[Component, ...], formats: tuple[Format, ...], schemes: _Schemes) -> Part:
     pieces = tuple(component for component in components if _owner(component) == name)
     infos = [weight_infos(piece.blank()) for piece in pieces]
-    return Part(name, pieces, {f.name: tuple(schemes.plan(name, info, f.name) for info in infos) for f in formats})
+    return Part(name, pieces, {f.name: tuple(schemes.plan(name, info, f.name) for info in infos) for f in formats}, pieces)
 
 
 def _check_recipe(recipe: RecipeFile, parts: tuple[Part, ...], exported: frozenset[str], formats: tuple[Format, ...]) -> None:

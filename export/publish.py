@@ -3,9 +3,10 @@
     with publishing(Path("bundles/flash-mini/ios"), needed_bytes=120_000_000) as working:
         ...  # write the bundle into the folder `working`
 
-Killed at any moment, the place holds the old bundle, or none if there was none, never a half one. What a killed export left
-beside it is removed when the next one starts, its temporary files too. A folder in work holds a lock (flock) that dies with
-its process, so that the work of another process is never taken for a dead one's, whatever their process ids.
+Killed at any moment, the place holds the old bundle, or none if there was none, never a half one. What a stopped export left
+beside it is taken up by the next one that makes the same (`key`), or else removed when that one starts; its temporary files
+always are. A folder in work holds a lock (flock) that dies with its process, so that the work of another process is never taken
+for a dead one's, whatever their process ids.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 
 from export.errors import UserError
+from export.journal import FOLDER as JOURNAL
 from runtimes.bundle import MANIFEST
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -32,6 +34,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _WRITING = ("problem writing", "requested and", "while writing")
 _STOPPING = (signal.SIGTERM, signal.SIGHUP)
 BUNDLE = "bundle"  # the folder in work, inside its hidden home
+KEY = "key"  # of what is in work there
 _CURRENT_FOLDER = -100  # AT_FDCWD of renameat2(2): paths are as given
 _RENAME_EXCHANGE = 2
 
@@ -41,25 +44,32 @@ class GateFailed(Exception):
 
 
 @contextmanager
-def publishing(place: Path, needed_bytes: int) -> Iterator[Path]:
+def publishing(place: Path, needed_bytes: int, key: str | None = None) -> Iterator[Path]:
     """Yields the folder to write the bundle into; at the end of the block it becomes `place`.
 
-    On `GateFailed` it becomes `<place>.failed` (replacing an older one), on any other exception, SIGINT, SIGTERM or SIGHUP it
-    is removed; both leave the old bundle as it was. Raises `UserError` where a file cannot be written, the disk has less than
-    `needed_bytes` (what the finished bundle takes) free or becomes full, or `place` is something other than a bundle.
+    On `GateFailed` it becomes `<place>.failed` (replacing an older one), on any other exception it is removed; both leave the
+    old bundle as it was. So do SIGINT, SIGTERM and SIGHUP, which with a `key` leave what a `Journal` has noted for the next
+    call with the same key. Raises `UserError` where a file cannot be written, the disk has less than `needed_bytes` (what the
+    finished bundle takes) free or becomes full, or `place` is something other than a bundle.
     """
     place = place.resolve()
     failed = place.with_name(f"{place.name}.failed")
     with _clear_errors(place, needed_bytes):
         place.parent.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(place)
+        home, lock = _take_up(place, key) or (None, -1)
         _remove_leftovers(place)
-        _check_space(place, needed_bytes)
-        home, lock = _make_home(place)
+        _check_space(place, needed_bytes - (0 if home is None else _bytes(home)))
+        if home is None:
+            home, lock = _make_home(place)
+    keep = False
     try:
         with _terminate_by_exception(), _clear_errors(place, needed_bytes, home):
             working = home / BUNDLE
-            working.mkdir()
+            working.mkdir(exist_ok=True)
+            shutil.rmtree(home / "temporary", ignore_errors=True)
+            if key is not None:
+                (home / KEY).write_text(key)
             try:
                 with _temporary_files_in(home / "temporary"):
                     yield working
@@ -67,11 +77,16 @@ def publishing(place: Path, needed_bytes: int) -> Iterator[Path]:
                 _move(working, failed)
                 raise
             _flush(working)
+            (home / KEY).unlink(missing_ok=True)  # from here on this is nobody's unfinished work
             _move(working, place)
             shutil.rmtree(failed, ignore_errors=True)
+    except (KeyboardInterrupt, SystemExit):
+        keep = (home / KEY).is_file() and any((home / JOURNAL).glob("*.json"))
+        raise
     finally:
         # What lies here now is the unfinished bundle or, after the exchange, the old one.
-        shutil.rmtree(home, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(home, ignore_errors=True)
         os.close(lock)
 
 
@@ -127,6 +142,24 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         tempfile.tempdir = before
+
+
+def _take_up(place: Path, key: str | None) -> tuple[Path, int] | None:
+    """The home of what a dead process was making under the same key, now locked."""
+    for path in sorted(place.parent.iterdir()) if key is not None else ():
+        if path.name.startswith(_prefix(place)) and (path / KEY).is_file() and (path / KEY).read_text() == key:
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+            else:
+                return path, lock
+    return None
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _remove_leftovers(place: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,13 +10,26 @@ import torch
 from torch import nn
 
 from export.components.component import Component
-from runtimes.bundle import TensorEntry, chunk_feeds
+from runtimes.bundle import Feed, TensorEntry, chunk_feeds
 from runtimes.conditioning import Arrays, Contract
 from runtimes.golden import Case, Drawing
 from runtimes.graph import TensorSpec
 from runtimes.tokenizer import Tokenizer
 
 Piece = tuple[Component, nn.Module]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A piece of a component to run: `load` gives its module, which is released when the next stretch runs."""
+
+    component: Component
+    load: Callable[[], nn.Module]
+
+
+def loaded(pieces: Sequence[Piece]) -> list[Stretch]:
+    """Modules that are in memory already."""
+    return [Stretch(component, lambda module=module: module) for component, module in pieces]  # type: ignore[misc]
 
 
 @dataclass
@@ -31,6 +44,7 @@ class Recorder:
     tokenizers: Sequence[Tokenizer]
     drawings: Sequence[Drawing]
     transformer_inputs: tuple[TensorEntry, ...]
+    steps: tuple[int, ...] | None = None  # of the transformer's that are recorded; None: all
     _outputs: dict[str, list[Arrays]] = field(default_factory=dict)
 
     def inputs(self, component: str) -> Iterator[tuple[int, int | None, dict[str, np.ndarray]]]:
@@ -45,18 +59,25 @@ class Recorder:
                 yield p, None, self.contract.decoder_inputs(drawing.latents[-1:])
             else:
                 conditioning = self._conditioning(p)
-                for step in range(len(drawing.latents) - 1):
+                for step in range(len(drawing.latents) - 1) if self.steps is None else self.steps:
                     yield p, step, self.contract.transformer_inputs(conditioning, drawing.latents[step : step + 1], step)
 
-    def record(self, component: str, original: Sequence[Piece], compressed: Mapping[str, Sequence[Piece]]) -> list[Case]:
-        """The cases of a component given as its pieces (one, or the chunks in order), and by format with compressed weights."""
-        cases = []
-        for prompt, step, given in self.inputs(component):
-            reference = run(original, given)
-            made = {format: run(pieces, given) for format, pieces in compressed.items()}
-            cases.append(Case(prompt, step, given, reference, made))
-        self._outputs[component] = [case.reference for case in cases]
+    def record(self, component: str, original: Sequence[Stretch], compressed: Mapping[str, Sequence[Stretch]]) -> list[Case]:
+        """The cases of a component given as its stretches in order, and by format with compressed weights."""
+        asked = list(self.inputs(component))
+        given = [inputs for _, _, inputs in asked]
+        references = run_all(original, given)
+        made = {format: run_all(stretches, given) for format, stretches in compressed.items()}
+        cases = [
+            Case(prompt, step, inputs, references[k], {format: outputs[k] for format, outputs in made.items()})
+            for k, (prompt, step, inputs) in enumerate(asked)
+        ]
+        self.recall(component, cases)
         return cases
+
+    def recall(self, component: str, cases: Sequence[Case]) -> None:
+        """Takes what a component gave from cases recorded before."""
+        self._outputs[component] = [case.reference for case in cases]
 
     def _encoded(self, prompt: int) -> tuple[Arrays, Arrays]:
         return self._outputs["text_encoder"][prompt], self._outputs["text_encoder_2"][prompt]
@@ -69,20 +90,31 @@ class Recorder:
 
 def run(pieces: Sequence[Piece], given: Arrays) -> dict[str, np.ndarray]:
     """The outputs of pieces run one after another, each taking of the inputs and of what came before what it declares."""
-    declared = [(entries(piece.inputs), entries(piece.outputs)) for piece, _ in pieces]
-    values = dict(given)
-    for (piece, module), feeds in zip(pieces, chunk_feeds(declared) if len(pieces) > 1 else [()], strict=True):
-        named = {feed.input: feed for feed in feeds}
-        arrays = []
-        for spec in piece.inputs:
-            feed = named.get(spec.name)
-            array = values[feed.tensor if feed else spec.name]
-            arrays.append(array[:, slice(*feed.rows)] if feed and feed.rows else array)
-        tensors = [torch.from_numpy(np.ascontiguousarray(a, s.dtype)) for a, s in zip(arrays, piece.inputs, strict=True)]
-        with torch.no_grad():
-            outputs = module(*tensors)
-        values |= {spec.name: output.numpy() for spec, output in zip(piece.outputs, outputs, strict=True)}
-    return {spec.name: values[spec.name] for spec in pieces[-1][0].outputs}
+    return run_all(loaded(pieces), [given])[0]
+
+
+def run_all(stretches: Sequence[Stretch], given: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+    """The outputs for each of several inputs. All of them pass one stretch before the next one is loaded."""
+    declared = [(entries(stretch.component.inputs), entries(stretch.component.outputs)) for stretch in stretches]
+    values = [dict(inputs) for inputs in given]
+    for stretch, feeds in zip(stretches, chunk_feeds(declared) if len(stretches) > 1 else [()], strict=True):
+        module = stretch.load()
+        for known in values:
+            known |= _outputs(stretch.component, module, known, {feed.input: feed for feed in feeds})
+        del module
+    return [{spec.name: known[spec.name] for spec in stretches[-1].component.outputs} for known in values]
+
+
+def _outputs(piece: Component, module: nn.Module, values: Arrays, feeds: Mapping[str, Feed]) -> dict[str, np.ndarray]:
+    arrays = []
+    for spec in piece.inputs:
+        feed = feeds.get(spec.name)
+        array = values[feed.tensor if feed else spec.name]
+        arrays.append(array[:, slice(*feed.rows)] if feed and feed.rows else array)
+    tensors = [torch.from_numpy(np.ascontiguousarray(a, s.dtype)) for a, s in zip(arrays, piece.inputs, strict=True)]
+    with torch.no_grad():
+        outputs = module(*tensors)
+    return {spec.name: output.numpy() for spec, output in zip(piece.outputs, outputs, strict=True)}
 
 
 def entries(specs: Sequence[TensorSpec]) -> tuple[TensorEntry, ...]:

@@ -1,8 +1,12 @@
-"""The original: unmodified diffusers and transformers modules in float32, built from any checkpoint, tensor by tensor."""
+"""The original: unmodified diffusers and transformers modules in float32, built from any checkpoint, tensor by tensor.
+
+By default a layer's weights are read from the checkpoint when the layer runs, and released after it (accelerate's offloading),
+so that memory holds the largest layer, however large the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,21 +19,29 @@ from runtimes.golden import Drawing
 from runtimes.quiet import quiet
 
 with quiet():  # it looks for optional quantization libraries
+    from accelerate import cpu_offload, init_empty_weights
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 
-def reference_pipeline(checkpoint: Checkpoint) -> StableDiffusion3Pipeline:
-    """diffusers' own pipeline. Its scheduler shifts nothing, so that explicit sigmas are taken as they are."""
+def reference_pipeline(checkpoint: Checkpoint, resident: bool = False) -> StableDiffusion3Pipeline:
+    """diffusers' own pipeline. Its scheduler shifts nothing, so that explicit sigmas are taken as they are.
+
+    resident: all weights are kept in memory, as whoever measures its speed wants them.
+    """
+
+    def load(folder: str, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+        return (_load if resident else _load_on_use)(checkpoint, folder, make)
+
     with quiet():
         tokenizers = [CLIPTokenizer.from_pretrained(str(checkpoint.tokenizers[name])) for name in ("tokenizer", "tokenizer_2")]
         pipeline = StableDiffusion3Pipeline(
-            transformer=_load(checkpoint, "transformer", lambda config: SD3Transformer2DModel.from_config(config)),
+            transformer=load("transformer", lambda config: SD3Transformer2DModel.from_config(config)),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-            vae=_load(checkpoint, "vae", lambda config: AutoencoderKL.from_config(config)),
-            text_encoder=_load(checkpoint, "text_encoder", _text_encoder),
+            vae=load("vae", lambda config: AutoencoderKL.from_config(config)),
+            text_encoder=load("text_encoder", _text_encoder),
             tokenizer=tokenizers[0],
-            text_encoder_2=_load(checkpoint, "text_encoder_2", _text_encoder),
+            text_encoder_2=load("text_encoder_2", _text_encoder),
             tokenizer_2=tokenizers[1],
             text_encoder_3=None,
             tokenizer_3=None,
@@ -72,6 +84,45 @@ def _load(checkpoint: Checkpoint, folder: str, make: Callable[[dict[str, Any]], 
     module = make(dict(checkpoint.config(folder))).float()  # a configuration may ask for another element type
     known = checkpoint.shapes(folder)
     weights = {name: checkpoint.tensor(folder, name).float() for name in module.state_dict() if name in known}
-    left_out = [name for name in module.load_state_dict(weights, strict=False).missing_keys if not name.startswith("encoder.")]
-    assert not left_out, f"{folder} lacks {left_out}"  # the components were checked against the checkpoint before
+    _check(folder, module.load_state_dict(weights, strict=False).missing_keys)
     return module.eval().requires_grad_(False)
+
+
+def _load_on_use(checkpoint: Checkpoint, folder: str, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+    """The same, its weights on the meta device until the layer that owns them runs.
+
+    So are the buffers of a module that stores them (the table of positions is as large as a layer); others compute theirs.
+    """
+    config = dict(checkpoint.config(folder))
+    with torch.device("meta"):
+        blank = make(config)
+    stores_buffers = not blank.state_dict().keys().isdisjoint(name for name, _ in blank.named_buffers())
+    with init_empty_weights(include_buffers=stores_buffers):
+        module = make(config).float()
+    module.eval().requires_grad_(False)
+    known = checkpoint.shapes(folder)
+    _check(folder, [name for name in module.state_dict() if name not in known])
+    return cpu_offload(module, torch.device("cpu"), offload_buffers=stores_buffers, state_dict=_Tensors(checkpoint, folder))
+
+
+def _check(folder: str, left_out: list[str]) -> None:
+    """The components were checked against the checkpoint before; an autoencoder may come without its encoder."""
+    left_out = [name for name in left_out if not name.startswith("encoder.")]
+    assert not left_out, f"{folder} lacks {left_out}"
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """A folder's tensors in float32, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: str) -> None:
+        self._checkpoint, self._folder = checkpoint, folder
+        self._names = checkpoint.shapes(folder)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._checkpoint.tensor(self._folder, name).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -49,7 +49,7 @@ TARGETS = {
             ("onnx", "executorch"),
             default_bits=8,
             presets={"best": 8.5, "balanced": 6.5, "small": 5},
-            chunk_bytes=2_000_000_000,
+            chunk_bytes=1_000_000_000,
         ),
     )
 }

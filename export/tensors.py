@@ -1,11 +1,18 @@
-"""safetensors files as one mapping from name to tensor: memory-mapped, so that a tensor is read when it is asked for."""
+"""safetensors files as one mapping from name to tensor, each read when it is asked for.
+
+A tensor is read into memory of its own: the pages of a mapped file would stay with the process, and a large checkpoint with
+them.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -13,6 +20,20 @@ from export.errors import UserError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Element types that a checkpoint's weights may have, in safetensors' names."""
+
+
+TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class TensorReader(Protocol):
@@ -26,7 +47,7 @@ class TensorReader(Protocol):
         ...
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor as stored: its pages are read from the file as they are used."""
+        """The tensor as stored."""
         ...
 
 
@@ -35,13 +56,15 @@ class SafetensorsReader:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._slices: dict[str, Any] = {}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
+        self._offsets: dict[str, int] = {}
         for path in paths:
             file = open_safetensors(path)
+            offsets = _offsets(path)
             for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
                 if name in self._files:
                     raise UserError(f"{path}: tensor {name} stands in two files of this checkpoint; keep one")
-                self._files[name] = file
+                self._files[name], self._offsets[name] = path, offsets[name]
                 self._slices[name] = file.get_slice(name)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(s.get_shape()) for name, s in self._slices.items()}
 
@@ -49,11 +72,30 @@ class SafetensorsReader:
         return str(self._slices[name].get_dtype())
 
     def tensor(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        return self._read(name, 0, self.shapes[name])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start to stop - 1 of a tensor, without the others."""
-        return self._slices[name][start:stop]
+        row = self.shapes[name][1:]
+        return self._read(name, start * prod(row), (stop - start, *row))
+
+    def _read(self, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
+        """The values of a tensor from the one numbered `first` on."""
+        dtype = TORCH[self.kind(name)]
+        content = torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        with self._files[name].open("rb") as file:
+            file.seek(self._offsets[name] + first * dtype.itemsize)
+            if file.readinto(content.numpy().data) != content.numel():
+                raise UserError(f"{self._files[name]} ends within tensor {name}; download it again")
+        return content.view(dtype).reshape(shape)
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where each tensor begins in a file that safetensors has opened: 8 bytes of length, a JSON header, then the data."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def open_safetensors(path: Path) -> Any:

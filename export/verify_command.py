@@ -21,7 +21,7 @@ from export.formats.format import Format
 from export.layerwise import reference_of
 from export.planning import ExportOptions, ExportPlan, make_plan
 from export.progress import Silent
-from export.recording import run
+from export.recording import run_all
 from export.rewrites import Rewrites
 from export.targets import TARGETS
 from runtimes.bundle import BundleError, ComponentEntry, Manifest, check_files, load_manifest
@@ -171,10 +171,10 @@ def component_layers(
     """One component's artifacts beside its pieces, on one golden case; a chunk takes what the artifacts before it gave."""
     runtime = next(runtime for runtime in RUNTIMES.values() if runtime.format == entry.format)
     floor, values = _floor(entry), inputs
-    pieces = zip(component.original, component.stored[entry.format], entry.artifacts, strict=True)
-    for (piece, module), stored, artifact in pieces:
+    for piece, artifact in zip(component.part.pieces, entry.artifacts, strict=True):
         path = bundle / artifact.path
         given = {spec.name: fed(artifact.feed(spec.name), values) for spec in piece.inputs}
+        module, stored = component.skeleton(piece, entry.format), component.stored_of(piece, entry.format)
         reference = reference_of(entry.format, piece, module, stored)
         layers, operations, nodes = compare_layers(PROBES[entry.format](path), reference, given, floor)
         yield ArtifactLayers(entry.name, entry.format, artifact.path, number, floor, operations, nodes, layers)
@@ -211,7 +211,7 @@ def _plan(
 
 def _check_weights(bundle: Path, component: Compressed, format: Format, golden: Case) -> None:
     """Raises `UserError` unless the weights, stored again, give what the bundle's golden case records of them."""
-    outputs = run(component.references(format) or component.original, golden.inputs)
+    (outputs,) = run_all(component.references(format) or component.original, [golden.inputs])
     expected = golden.expected(format.name)
     if worst := [name for name in expected if not psnr(outputs[name], expected[name]) >= SAME_WEIGHTS]:
         raise UserError(

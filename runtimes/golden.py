@@ -55,25 +55,35 @@ class Drawing:
 
 def write_golden(bundle: Path, cases: Mapping[str, Sequence[Case]], drawings: Sequence[Drawing]) -> GoldenEntry:
     """Writes golden/ inside the bundle folder; `cases` is by component name. Returns what the manifest says about it."""
+    components = [write_cases(bundle, component, recorded) for component, recorded in cases.items()]
+    return golden_entry(bundle, write_drawings(bundle, drawings), components)
+
+
+def write_cases(bundle: Path, component: str, cases: Sequence[Case]) -> GoldenTensors:
+    """Writes the golden cases of one component."""
     (bundle / FOLDER).mkdir(parents=True, exist_ok=True)
-    components = []
-    for component, recorded in cases.items():
-        tensors = {name: np.ascontiguousarray(array) for k, case in enumerate(recorded) for name, array in _flatten(k, case)}
-        path = f"{FOLDER}/{component}.safetensors"
-        save_file(tensors, bundle / path)
-        entries = tuple(GoldenCase(prompt=case.prompt, step=case.step) for case in recorded)
-        components.append(GoldenTensors(component=component, path=path, cases=entries, tensors=tuple(sorted(tensors))))
+    tensors = {name: np.ascontiguousarray(array) for k, case in enumerate(cases) for name, array in _flatten(k, case)}
+    path = f"{FOLDER}/{component}.safetensors"
+    save_file(tensors, bundle / path)
+    entries = tuple(GoldenCase(prompt=case.prompt, step=case.step) for case in cases)
+    return GoldenTensors(component=component, path=path, cases=entries, tensors=tuple(sorted(tensors)))
+
+
+def write_drawings(bundle: Path, drawings: Sequence[Drawing]) -> tuple[GoldenPrompt, ...]:
+    """Writes what unmodified diffusers draws."""
+    (bundle / FOLDER).mkdir(parents=True, exist_ok=True)
     images = {}
     for p, drawing in enumerate(drawings):
         images[f"prompt{p}.latents"] = np.ascontiguousarray(drawing.latents, np.float32)
         images[f"prompt{p}.image"] = np.ascontiguousarray(drawing.image, np.float32)
     save_file(images, bundle / IMAGES)
-    return GoldenEntry(
-        prompts=tuple(GoldenPrompt(prompt=drawing.prompt, seed=drawing.seed) for drawing in drawings),
-        components=tuple(components),
-        images=IMAGES,
-        files=describe_files(bundle, [FOLDER]),
-    )
+    return tuple(GoldenPrompt(prompt=drawing.prompt, seed=drawing.seed) for drawing in drawings)
+
+
+def golden_entry(bundle: Path, prompts: Sequence[GoldenPrompt], components: Sequence[GoldenTensors]) -> GoldenEntry:
+    """What the manifest says of the files in golden/."""
+    files = describe_files(bundle, [FOLDER])
+    return GoldenEntry(prompts=tuple(prompts), components=tuple(components), images=IMAGES, files=files)
 
 
 def read_cases(bundle: Path, golden: GoldenEntry, component: str) -> Iterator[Case]:
@@ -82,6 +92,11 @@ def read_cases(bundle: Path, golden: GoldenEntry, component: str) -> Iterator[Ca
     if entry is None:
         recorded = [e.component for e in golden.components]
         raise BundleError(f"{bundle} records no golden cases of {component!r}; it has {recorded}")
+    yield from read_entry(bundle, entry)
+
+
+def read_entry(bundle: Path, entry: GoldenTensors) -> Iterator[Case]:
+    """The same, of the component that `entry` is about."""
     for k, case in enumerate(entry.cases):
         names = [name for name in entry.tensors if name.startswith(f"case{k}.")]
         inputs: dict[str, np.ndarray] = {}
@@ -98,8 +113,13 @@ def read_cases(bundle: Path, golden: GoldenEntry, component: str) -> Iterator[Ca
 
 
 def read_drawings(bundle: Path, golden: GoldenEntry) -> Iterator[Drawing]:
-    for p, entry in enumerate(golden.prompts):
-        arrays = _read(bundle / golden.images, [f"prompt{p}.latents", f"prompt{p}.image"])
+    yield from read_images(bundle, golden.prompts)
+
+
+def read_images(bundle: Path, prompts: Sequence[GoldenPrompt]) -> Iterator[Drawing]:
+    """What unmodified diffusers drew of these prompts."""
+    for p, entry in enumerate(prompts):
+        arrays = _read(bundle / IMAGES, [f"prompt{p}.latents", f"prompt{p}.image"])
         yield Drawing(entry.prompt, entry.seed, arrays[f"prompt{p}.latents"], arrays[f"prompt{p}.image"])
 
 

@@ -65,7 +65,7 @@ class Pipeline:
     def open(cls, bundle: Path, runtime: str = "auto", *, low_memory: bool = False, threads: int | None = None) -> Pipeline:
         """Raises `BundleError` if the folder is no bundle, lacks a component, or has no artifacts for `runtime`.
 
-        `low_memory` has one component in memory at a time: each is loaded, run and released.
+        `low_memory` has one artifact in memory at a time: each is loaded, run and released.
         """
         if threads is not None and threads < 1:
             raise BundleError(f"{threads} threads cannot run anything; expected 1 or more")
@@ -107,7 +107,9 @@ class Pipeline:
     def _run(self, component: str, inputs: Arrays, timings: dict[str, Timing]) -> dict[str, np.ndarray]:
         start = time.perf_counter()
         if component not in self._loaded:
-            self._loaded[component] = load_component(self._bundle, self._entry(component), self.runtime, self._threads)
+            self._loaded[component] = load_component(
+                self._bundle, self._entry(component), self.runtime, self._threads, low_memory=self.low_memory
+            )
         loaded = time.perf_counter()
         outputs = self._loaded[component](inputs)
         before = timings.get(component, Timing(0.0, 0.0, 0))

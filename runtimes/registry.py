@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.bundle import BundleError, ComponentEntry, Feed, Manifest, TensorEntry
+from runtimes.bundle import ArtifactEntry, BundleError, ComponentEntry, Feed, Manifest, TensorEntry
 from runtimes.graph import Graph, GraphError, TensorSpec, check_inputs
 
 Loader = Callable[[Path, ComponentEntry, int | None], Graph]
@@ -97,29 +97,47 @@ def choose_runtime(manifest: Manifest, name: str = "auto") -> Runtime:
     return installed
 
 
-def load_component(bundle: Path, entry: ComponentEntry, runtime: Runtime, threads: int | None = None) -> Graph:
-    """One component as one graph with the names of its contract, however many artifacts it is cut into."""
-    parts = tuple(runtime.load(bundle / artifact.path, entry, threads) for artifact in entry.artifacts)
-    for artifact, part in zip(entry.artifacts, parts, strict=True):
+def load_component(
+    bundle: Path, entry: ComponentEntry, runtime: Runtime, threads: int | None = None, *, low_memory: bool = False
+) -> Graph:
+    """One component as one graph with the names of its contract, however many artifacts it is cut into.
+
+    `low_memory`: of several artifacts one is in memory at a time; each is loaded anew whenever the component runs.
+    """
+
+    def load(artifact: ArtifactEntry) -> Graph:
+        part = runtime.load(bundle / artifact.path, entry, threads)
         for kind, declared, found in (("inputs", artifact.inputs, part.inputs), ("outputs", artifact.outputs, part.outputs)):
             if set(specs(declared)) != set(found):
                 raise GraphError(f"{artifact.path} has {kind} {_text(found)}; the manifest says {_text(specs(declared))}")
-    return parts[0] if len(parts) == 1 else ChunkedGraph(entry, parts)
+        return part
+
+    if len(entry.artifacts) == 1:
+        return load(entry.artifacts[0])
+    if low_memory:
+        return ChunkedGraph(entry, load)
+    parts = {artifact.path: load(artifact) for artifact in entry.artifacts}
+    return ChunkedGraph(entry, lambda artifact: parts[artifact.path])
 
 
 class ChunkedGraph:
-    """The artifacts of a chunked component, run one after another as its manifest entry feeds them."""
+    """The artifacts of a chunked component, run one after another as its manifest entry feeds them.
 
-    def __init__(self, entry: ComponentEntry, parts: tuple[Graph, ...]) -> None:
+    `part` gives the graph of an artifact when its turn comes.
+    """
+
+    def __init__(self, entry: ComponentEntry, part: Callable[[ArtifactEntry], Graph]) -> None:
         self.inputs = specs(entry.inputs)
         self.outputs = specs(entry.outputs)
         self._entry = entry
-        self._parts = parts
+        self._part = part
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         values = check_inputs(self.inputs, inputs)
-        for artifact, part in zip(self._entry.artifacts, self._parts, strict=True):
+        for artifact in self._entry.artifacts:
+            part = self._part(artifact)
             values |= part({spec.name: fed(artifact.feed(spec.name), values) for spec in part.inputs})
+            del part  # before the next one is loaded
         return {spec.name: values[spec.name] for spec in self.outputs}
 
 

@@ -44,6 +44,7 @@ from export.compression.schemes import PaletteScheme, stored_bytes
 from export.console import NOWHERE, StageBars, noise_to
 from export.measuring import Trial, loss
 from export.planning import ExportOptions, ExportPlan, make_plan
+from export.recording import loaded
 from export.targets import TARGETS
 from runtimes.tables import compact_table, megabytes
 
@@ -81,7 +82,7 @@ class Bench:
         self.bars.stage(f"{self.format.name}: float32", len(self.plan.parts))
         for part in self.plan.parts:
             self.bars.step(part.name)
-            self.original.advance(part.name, list(zip(part.pieces, self.modules[part.name], strict=True)))
+            self.original.advance(part.name, loaded(list(zip(part.pieces, self.modules[part.name], strict=True))))
         self.layers = statistics_layers(self.statistics)
         plans = [(part.name, plan) for part in self.plan.parts for plan in part.plans[self.format.name]]
         self.settled = {
@@ -105,7 +106,7 @@ class Bench:
         for part in self.plan.parts:
             self.bars.step(part.name)
             made = method.make(part, self.modules[part.name])
-            trial.advance(part.name, made.pieces)
+            trial.advance(part.name, loaded(made.pieces))
             nbytes += made.nbytes
         lost = loss(trial, self.original)
         bits, adherence = 8 * nbytes / self.count, self._adherence(trial)
@@ -121,7 +122,7 @@ class Bench:
         for part in self.plan.parts:
             self.bars.step(part.name)
             for module, plan in zip(self.modules[part.name], part.plans[self.format.name], strict=True):
-                found |= weigh(part.name, module, plan, self.format.name, self.layers(part.name))
+                found |= weigh(part.name, dict(module.named_parameters()), plan, self.format.name, self.layers(part.name))
         return found
 
     def budget(self, bits: float) -> int:

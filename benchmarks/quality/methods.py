@@ -15,7 +15,7 @@ from export.compression.allocation import Candidate, allocate
 from export.compression.compress import parameter, store
 from export.compression.feedback import store_with_feedback
 from export.compression.parallel import in_order
-from export.compression.rounding import Layers, importance, round_module
+from export.compression.rounding import Layers, importance, round_weights
 from export.compression.schemes import FloatScheme, PaletteScheme, Recipe, Scheme, WeightInfo, stored_bytes
 from export.compression.stored import StoredWeight
 from export.formats.format import Format
@@ -93,7 +93,7 @@ class Rounded:
     def _stored(self, component: str, module: nn.Module, recipe: Recipe) -> dict[str, StoredWeight]:
         layers = self.layers(component)
         if self.rounder is None:
-            return round_module(module, recipe, layers)
+            return round_weights(dict(module.named_parameters()), recipe, layers)
         rounder = self.rounder
 
         def stored(name: str) -> StoredWeight:

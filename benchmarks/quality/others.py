@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.quality.methods import Made, Method
 from export.components.component import Component
-from export.compression.rounding import round_module
+from export.compression.rounding import round_weights
 from export.compression.schemes import FloatScheme, weight_infos
 from export.compression.stored import packed_bytes
 from export.formats.coreml import CoreMLFormat
@@ -72,7 +72,8 @@ class CoreMLTools:
     def make(self, part: Part, modules: list[nn.Module]) -> Made:
         pieces, nbytes = list[Piece](), 0
         for piece, module in zip(part.pieces, modules, strict=True):
-            stored = round_module(module, {name: FloatScheme(16) for name, _ in module.named_parameters()})
+            parameters = dict(module.named_parameters())
+            stored = round_weights(parameters, dict.fromkeys(parameters, FloatScheme(16)))
             with quiet():
                 (artifact,) = CoreMLFormat().emit(piece, module, stored, self.folder, OPTIONS)
                 model = ct.models.MLModel(str(artifact.path), skip_model_load=True)
@@ -122,7 +123,8 @@ class OnnxRuntime:
         return Made(pieces, nbytes)
 
     def _float32(self, piece: Component, module: nn.Module) -> Artifact:
-        stored = round_module(module, {name: FloatScheme(32) for name, _ in module.named_parameters()})
+        parameters = dict(module.named_parameters())
+        stored = round_weights(parameters, dict.fromkeys(parameters, FloatScheme(32)))
         with quiet():
             (artifact,) = OnnxFormat().emit(piece, module, stored, self.folder, OPTIONS)
         return artifact

@@ -10,7 +10,7 @@ Constants that no checkpoint holds (timestep angles, causal masks) are non-persi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,17 +64,42 @@ class Component:
             wanted[source.name] = source.shape
         return wanted
 
-    def load(self, checkpoint: Weights) -> nn.Module:
-        """The module in float32, read tensor by tensor; `check_weights` has named before what does not fit."""
+    def weights(self, checkpoint: Weights) -> ComponentWeights:
+        """Its weights in float32 by the names that they have here, each read when it is asked for."""
+        shapes = {name: tuple(value.shape) for name, value in self.blank().state_dict().items()}
+        return ComponentWeights(self, checkpoint, shapes)
+
+    def load(self, checkpoint: Weights, left_out: Collection[str] = ()) -> nn.Module:
+        """The module in float32, read tensor by tensor; `check_weights` has named before what does not fit.
+
+        Tensors `left_out` stay on the meta device, for whoever puts others in their place.
+        """
         module = self.blank()
-        weights = {}
-        for name, value in module.state_dict().items():
-            source = self.sources.get(name, Source(name, tuple(value.shape)))
-            tensor = source.convert(checkpoint.tensor(self.folder, source.name)).to(torch.float32).contiguous()
-            assert tensor.shape == value.shape, f"{self.name}: {name} is {tuple(tensor.shape)}, not {tuple(value.shape)}"
-            weights[name] = tensor
-        module.load_state_dict(weights, assign=True)
+        weights = self.weights(checkpoint)
+        module.load_state_dict({name: weights[name] for name in weights if name not in left_out}, strict=False, assign=True)
         return module.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class ComponentWeights(Mapping[str, Tensor]):
+    """A component's tensors, read from the checkpoint one at a time: only those in use are in memory."""
+
+    component: Component
+    checkpoint: Weights
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, owner = self.shapes[name], self.component
+        source = owner.sources.get(name, Source(name, shape))
+        tensor = source.convert(self.checkpoint.tensor(owner.folder, source.name)).to(torch.float32).contiguous()
+        assert tensor.shape == shape, f"{owner.name}: {name} is {tuple(tensor.shape)}, not {shape}"
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def check_weights(checkpoint: Weights, components: Iterable[Component]) -> None:

@@ -37,7 +37,10 @@ def store(name: str, values: np.ndarray, scheme: Scheme, importance: np.ndarray 
 
 
 def with_stored(module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
-    """The compressed reference: a copy of the module with the decompressed weights; all other tensors are shared."""
+    """The compressed reference: a copy of the module with the decompressed weights; all other tensors are shared.
+
+    What is replaced may lie on the meta device.
+    """
     return with_tensors(module, {name: torch.from_numpy(weight.dequantize()) for name, weight in stored.items()})
 
 

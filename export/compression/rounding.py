@@ -1,20 +1,21 @@
-"""Rounds a module's weights with what calibration knows of them: error feedback first, then the biases that it leaves wrong."""
+"""Rounds weights with what calibration knows of them: error feedback first, then the biases that it leaves wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
+from torch import Tensor
 
 from calibration.statistics import LayerStatistics
-from export.compression.compress import parameter, store
+from export.compression.compress import store
 from export.compression.correction import bias_name, corrected_bias
 from export.compression.feedback import centre, column_costs, store_with_feedback
 from export.compression.parallel import in_order
 from export.compression.schemes import FloatScheme, Recipe, Scheme
 from export.compression.stored import StoredWeight
+from export.errors import UserError
 
 Layers = Callable[[str, tuple[int, ...]], LayerStatistics | None]  # by weight name and shape; None: nothing is known of it
 
@@ -23,14 +24,16 @@ def nothing_known(name: str, shape: tuple[int, ...]) -> None:
     """`Layers` without calibration."""
 
 
-def round_module(module: nn.Module, recipe: Recipe, layers: Layers = nothing_known) -> dict[str, StoredWeight]:
-    """Stores every parameter that the recipe names, on all cores; the module is left as it is.
+def round_weights(weights: Mapping[str, Tensor], recipe: Recipe, layers: Layers = nothing_known) -> dict[str, StoredWeight]:
+    """Stores every weight that the recipe names, on all cores. Each is taken from `weights` when its turn comes.
 
     The biases of layers whose inputs are known take out the mean of what rounding did to their outputs.
     """
 
     def values_of(name: str) -> np.ndarray:
-        return parameter(module, name).detach().float().numpy()
+        if name not in weights:
+            raise UserError(f"the recipe names {name}, which the model does not have")
+        return weights[name].detach().float().numpy()
 
     def round_one(name: str) -> dict[str, StoredWeight]:
         values, scheme = values_of(name), recipe[name]

@@ -42,6 +42,11 @@ class Family(Protocol):
         """Width and height in pixels that the model was trained for."""
         ...
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of the transformer: the most chunks that it can be cut into."""
+        ...
+
     def latent_shape(self, options: GraphOptions) -> tuple[int, int, int, int]:
         """[1, C, h, w] of the latent."""
         ...

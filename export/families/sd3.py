@@ -57,6 +57,10 @@ class Sd3:
         side = self.transformer.sample_size * self.vae.factor
         return side, side
 
+    @property
+    def blocks(self) -> int:
+        return self.transformer.num_layers
+
     def latent_shape(self, options: GraphOptions) -> tuple[int, int, int, int]:
         return 1, self.transformer.in_channels, options.height // self.vae.factor, options.width // self.vae.factor
 

@@ -20,7 +20,7 @@ from rich.text import Text
 from runtimes.bundle import ComponentEntry, Manifest, ParityEntry, check_files, load_manifest
 from runtimes.golden import Case, Drawing, read_cases, read_drawings
 from runtimes.graph import Graph, GraphError
-from runtimes.pipeline import REQUIRED, Pipeline
+from runtimes.pipeline import REQUIRED, Drawn, Pipeline
 from runtimes.registry import RUNTIMES, Runtime, choose_runtime, load_component
 from runtimes.tables import compact_table, megabytes
 
@@ -31,6 +31,7 @@ IMAGE_FLOOR = 40.0  # dB, quality, of the final image of an uncompressed bundle
 # An artifact may be larger than its stored weights by the graph itself: this share of them and this many bytes.
 OVERHEAD_SHARE, OVERHEAD_BYTES = 0.05, 1 << 20
 
+OnDrawn = Callable[[str, Drawn], None]
 IMAGE = "image"  # stands in the place of a component for the rows about the pipeline's picture
 
 
@@ -183,7 +184,9 @@ def check_artifact(entry: ComponentEntry) -> tuple[Comparison, ...]:
     return tuple(_about_artifact(entry, reason) for reason in reasons)
 
 
-def compare_image(pipeline: Pipeline, drawings: Iterable[Drawing]) -> tuple[Comparison, ...]:
+def compare_image(
+    pipeline: Pipeline, drawings: Iterable[Drawing], on_drawn: OnDrawn | None = None
+) -> tuple[Comparison, ...]:
     """Draws every golden prompt: a row for the final latents, and one for the image, which at 16 bits has a floor."""
     format = pipeline.runtime.format
     components = [entry for entry in pipeline.manifest.components if entry.format == format]
@@ -195,6 +198,8 @@ def compare_image(pipeline: Pipeline, drawings: Iterable[Drawing]) -> tuple[Comp
             drawn = pipeline.generate(drawing.prompt, drawing.seed)
         except GraphError as error:
             return (Comparison(IMAGE, format, None, size, bits, None, None, floor, f"{drawing.prompt!r}: {error}"),)
+        if on_drawn is not None:
+            on_drawn(format, drawn)
         for made, reference in ((drawn.latents[-1][0], drawing.latents[-1]), (drawn.pixels, drawing.image)):
             if fault := _fault(made, reference):
                 return (Comparison(IMAGE, format, None, size, bits, None, None, floor, f"{drawing.prompt!r}: {fault}"),)
@@ -214,13 +219,17 @@ def verify_bundle(
     runtimes: Sequence[str] | None = None,
     *,
     low_memory: bool = False,
+    pictures: bool = True,
     threads: int | None = None,
     on_component: Callable[[str, str], None] | None = None,
+    on_drawn: OnDrawn | None = None,
 ) -> Report:
     """Checks the manifest and every file's bytes, then runs every artifact and the pipeline through the named runtimes.
 
-    `runtimes` None: one for each format in the bundle. `on_component(component, format)` is called before each comparison.
-    Raises `BundleError` where the folder is no bundle, is altered, or a runtime is missing; a comparison that fails is a row.
+    `runtimes` None: one for each format in the bundle. `low_memory`: one artifact in memory at a time. `pictures` False: the
+    artifacts alone. `on_component(component, format)` is called before each comparison, `on_drawn(format, drawn)` after each
+    picture. Raises `BundleError` where the folder is no bundle, is altered, or a runtime is missing; a comparison that fails is
+    a row.
     """
     manifest = load_manifest(folder)
     check_files(folder, manifest)
@@ -232,21 +241,21 @@ def verify_bundle(
         for entry in manifest.components:
             if entry.format == runtime.format:
                 announce(entry.name, entry.format)
-                rows += _verify_component(folder, manifest, entry, runtime, threads)
-    for runtime in chosen:
+                rows += _verify_component(folder, manifest, entry, runtime, threads, low_memory)
+    for runtime in chosen if pictures else ():
         if any(manifest.component(name, runtime.format) is None for name in REQUIRED):
             continue  # a bundle of some components draws nothing
         announce(IMAGE, runtime.format)
         pipeline = Pipeline.open(folder, runtime.name, low_memory=low_memory, threads=threads)
-        rows += compare_image(pipeline, read_drawings(folder, manifest.golden))
+        rows += compare_image(pipeline, read_drawings(folder, manifest.golden), on_drawn)
     return Report(manifest.model.name, manifest.target, tuple(rows))
 
 
 def _verify_component(
-    folder: Path, manifest: Manifest, entry: ComponentEntry, runtime: Runtime, threads: int | None
+    folder: Path, manifest: Manifest, entry: ComponentEntry, runtime: Runtime, threads: int | None, low_memory: bool
 ) -> tuple[Comparison, ...]:
     try:
-        graph = load_component(folder, entry, runtime, threads)
+        graph = load_component(folder, entry, runtime, threads, low_memory=low_memory)
     except GraphError as error:
         return (*check_artifact(entry), _about_artifact(entry, str(error)))
     return (*compare_component(entry, graph, read_cases(folder, manifest.golden, entry.name)), *check_artifact(entry))

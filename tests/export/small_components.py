@@ -16,7 +16,7 @@ from export.components.transformer import Layout, transformer
 from export.components.vae_decoder import VaeConfig, vae_decoder
 from export.compression import schemes
 from export.compression.allocation import allocate
-from export.compression.rounding import round_module
+from export.compression.rounding import round_weights
 from export.compression.stored import StoredWeight
 
 EOS = 299
@@ -73,9 +73,10 @@ def stored_by_plan(component: Component, module: nn.Module, backend: str, bits: 
 
 def stored_by(plan: schemes.Plan, module: nn.Module, backend: str) -> dict[str, StoredWeight]:
     """A plan carried out within its mean bits."""
-    weighed = weigh("component", module, plan, backend)
+    weighed = weigh("component", dict(module.named_parameters()), plan, backend)
     chosen = allocate(weighed, plan.expected_bytes() - plan.settled_bytes) if weighed else {}
-    return round_module(module, {**plan.settled, **{name: candidate.scheme for (_, name), candidate in chosen.items()}})
+    recipe = {**plan.settled, **{name: candidate.scheme for (_, name), candidate in chosen.items()}}
+    return round_weights(dict(module.named_parameters()), recipe)
 
 
 def real_inputs(component: Component) -> dict[str, NDArray]:

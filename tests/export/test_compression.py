@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from export.components.component import Component
 from export.compression import allocation, schemes
 from export.compression.compress import mean_bits, store, with_stored
-from export.compression.rounding import round_module
+from export.compression.rounding import round_weights
 from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, Scheme
 from export.describing import describe_scheme, scheme_uses
 from export.errors import UserError
@@ -105,7 +105,7 @@ def test_allocation_refuses_a_budget_that_not_even_the_least_fit() -> None:
 def test_compressed_reference_holds_the_decompressed_weights_and_shares_the_rest() -> None:
     module = seeded(encoder())
     name = "text_model.encoder.layers.0.mlp.fc1.weight"
-    stored = round_module(module, {name: PaletteScheme(2)})
+    stored = round_weights(dict(module.named_parameters()), {name: PaletteScheme(2)})
     reference = with_stored(module, stored)
     np.testing.assert_array_equal(reference.get_parameter(name).numpy(), stored[name].dequantize())
     assert len(torch.unique(reference.get_parameter(name))) == 4
@@ -121,23 +121,23 @@ def test_every_form_of_palette_has_words_of_its_own() -> None:
              for vector in (1, 2)}
     assert len(words) == 8
     assert describe_scheme(PaletteScheme(8, 16, True, 2)) == "palette 8 bit, 2 weights an entry, groups of 16, a scale a row"
-    (use,) = scheme_uses("transformer", "coreml", [{"w": store("w", values, PaletteScheme(8, 8, True, 2))}])
+    (use,) = scheme_uses("transformer", "coreml", {"w": store("w", values, PaletteScheme(8, 8, True, 2))})
     assert use.scheme == "palette 8 bit, 2 weights an entry, 2 groups, a scale a row"
 
 
 def test_damaged_weights_and_foreign_recipes_are_refused_by_name() -> None:
     module = seeded(encoder())
     with pytest.raises(UserError, match=r"the recipe names blocks\.9\.weight, which the model does not have"):
-        round_module(module, {"blocks.9.weight": FloatScheme(16)})
+        round_weights(dict(module.named_parameters()), {"blocks.9.weight": FloatScheme(16)})
     name = "text_model.encoder.layers.0.mlp.fc1.weight"
     with pytest.raises(UserError, match=f"{name}.*blocks of 48 do not divide 64 inputs"):
-        round_module(module, {name: IntegerScheme(4, 48)})
+        round_weights(dict(module.named_parameters()), {name: IntegerScheme(4, 48)})
     module.get_parameter(name)[0, 0] = 1e6
     with pytest.raises(UserError, match=rf"{name} holds 1e\+06, more than float16 can"):
-        round_module(module, {name: PaletteScheme(6)})
+        round_weights(dict(module.named_parameters()), {name: PaletteScheme(6)})
     module.get_parameter(name)[0, 0] = float("nan")
     with pytest.raises(UserError, match=f"{name} holds NaN"):
-        round_module(module, {name: PaletteScheme(6)})
+        round_weights(dict(module.named_parameters()), {name: PaletteScheme(6)})
 
 
 def test_six_bit_palettes_keep_thirty_decibels_of_a_weight() -> None:

@@ -13,7 +13,7 @@ from coremltools.converters.mil.frontend.milproto.load import load as load_progr
 from torch import Tensor, nn
 
 from export.components.component import Component
-from export.compression.rounding import round_module
+from export.compression.rounding import round_weights
 from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, Scheme
 from export.compression.stored import PaletteWeight, StoredWeight
 from export.errors import UserError
@@ -61,7 +61,7 @@ def test_packages_hold_our_palettes_bit_by_bit(options: EmitOptions, target: ct.
     module = seeded(component)
     names = ["text_model.encoder.layers.0.mlp.fc1.weight", "text_model.encoder.layers.1.self_attn.q_proj.weight",
              "text_projection.weight"]
-    stored = round_module(module, dict.fromkeys(names, scheme))
+    stored = round_weights(dict(module.named_parameters()), dict.fromkeys(names, scheme))
     (artifact,) = FORMAT.emit(component, module, stored, tmp_path, options)
     found = decompressed(artifact.path, target)
     assert len(found) == len(names)
@@ -126,7 +126,7 @@ def test_group_norm_does_not_overflow_on_activations_whose_squares_do(tmp_path: 
     specs = [(TensorSpec(name, "float32", shape),) for name in ("x", "y")]
     component = Component("norm", "norm", *specs, _GroupNorm)
     module = seeded(component)
-    stored = round_module(module, {name: FloatScheme(16) for name, _ in module.named_parameters()})
+    stored = round_weights(dict(module.named_parameters()), {name: FloatScheme(16) for name, _ in module.named_parameters()})
     (artifact,) = FORMAT.emit(component, module, stored, tmp_path, IOS17)
     inputs = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32) * 3000}
     assert worst_psnr(run(component, FORMAT.reference(module, stored), inputs), load_executor(artifact.path)(inputs)) >= 45
@@ -164,7 +164,8 @@ def test_linears_and_convolutions_run_from_every_form_of_palette(scheme: Palette
     component = Component("both", "both", (TensorSpec("x", "float32", (1, 24)),),
                           (TensorSpec("y", "float32", (1, 16, 4, 4)),), _LinearAndConvolution)
     module = seeded(component)
-    stored = round_module(module, {"linear.weight": scheme, "conv.weight": scheme, "linear.bias": FloatScheme(16)})
+    recipe = {"linear.weight": scheme, "conv.weight": scheme, "linear.bias": FloatScheme(16)}
+    stored = round_weights(dict(module.named_parameters()), recipe)
     (artifact,) = FORMAT.emit(component, module, stored, tmp_path, IOS18)
     assert len(decompressed(artifact.path, ct.target.iOS18)) == 2
     inputs = {"x": np.random.default_rng(0).standard_normal((1, 24)).astype(np.float32)}
@@ -192,7 +193,7 @@ def test_weights_that_conversion_transposes_and_renames_are_followed(options: Em
     component = Component("product", "product", (TensorSpec("x", "float32", (1, 5, 32)),),
                           (TensorSpec("y", "float32", (1, 5, 48)),), _Transposed)
     module = seeded(component)
-    stored = round_module(module, {"weight": scheme})
+    stored = round_weights(dict(module.named_parameters()), {"weight": scheme})
     (artifact,) = FORMAT.emit(component, module, stored, tmp_path, options)
     (value,) = decompressed(artifact.path, target).values()
     np.testing.assert_array_equal(value, stored["weight"].dequantize().T)
@@ -207,7 +208,8 @@ def test_a_weight_that_the_program_does_not_hold_is_an_error_naming_it(tmp_path:
                           (TensorSpec("y", "float32", (1, 5, 48)),), Folded)
     module = seeded(component)
     with pytest.raises(UserError, match="product: the converted Core ML program does not hold weight"):
-        FORMAT.emit(component, module, round_module(module, {"weight": PaletteScheme(6)}), tmp_path, IOS17)
+        stored = round_weights(dict(module.named_parameters()), {"weight": PaletteScheme(6)})
+        FORMAT.emit(component, module, stored, tmp_path, IOS17)
 
 
 def test_two_exports_are_identical_described_and_name_no_folder(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torchao.quantization.granularity import PerAxis
 
 from export.components.component import Component
 from export.compression.integers import quantize
-from export.compression.rounding import round_module
+from export.compression.rounding import round_weights
 from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, Scheme
 from export.compression.stored import IntegerWeight
 from export.formats.executorch import ExecuTorchFormat, IntegerEmbedding, round_per_token
@@ -62,7 +62,7 @@ def test_two_exports_are_identical_and_hold_our_integers(tmp_path: Path) -> None
     spec = TensorSpec("x", "float32", (1, 3, 64))
     component = Component("linear", "linear", (spec,), (TensorSpec("y", "float32", (1, 3, 64)),), _Linear)
     module = seeded(component)
-    stored = round_module(module, {"linear.weight": IntegerScheme(8)})
+    stored = round_weights(dict(module.named_parameters()), {"linear.weight": IntegerScheme(8)})
     contents = []
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from export.components.component import Component
-from export.compression.rounding import round_module
+from export.compression.rounding import round_weights
 from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, weight_infos
 from export.compression.stored import IntegerWeight
 from export.errors import UserError
@@ -90,7 +90,7 @@ def test_integers_in_the_file_are_the_stored_ones(tmp_path: Path) -> None:
     component = encoder()
     module = seeded(component)
     name = "text_model.encoder.layers.0.mlp.fc1.weight"
-    stored = round_module(module, {name: IntegerScheme(4, 32)})
+    stored = round_weights(dict(module.named_parameters()), {name: IntegerScheme(4, 32)})
     (artifact,) = FORMAT.emit(component, module, stored, tmp_path, OPTIONS)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(str(artifact.path)).graph.initializer}
     packed = constants[f"{name}.ints"].reshape(-1)
@@ -119,7 +119,8 @@ def test_an_integer_weight_that_feeds_no_product_is_an_error_naming_it(tmp_path:
     module = seeded(component)
     name = "text_model.embeddings.position_embedding.weight"
     with pytest.raises(UserError, match=f"{name} feeds Add, which takes no integers|{name} feeds Slice"):
-        FORMAT.emit(component, module, round_module(module, {name: IntegerScheme(8)}), tmp_path, OPTIONS)
+        stored = round_weights(dict(module.named_parameters()), {name: IntegerScheme(8)})
+        FORMAT.emit(component, module, stored, tmp_path, OPTIONS)
 
 
 def test_what_onnx_runtime_cannot_hold_is_refused_from_shapes_alone() -> None:

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from export.components.component import Component
-from export.compression.rounding import round_module
+from export.compression.rounding import round_weights
 from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, Scheme
 from export.compression.stored import IntegerWeight, PaletteWeight, StoredWeight
 from export.errors import UserError
@@ -83,7 +83,7 @@ def made(module: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         wide = FloatScheme(32 if format == "executorch" else 16)
         rest = [name for name, parameter in module.named_parameters() if parameter.ndim == 1]
         recipe = dict.fromkeys(linears, scheme) | (dict.fromkeys(rest, wide) if format != "onnx" else {})
-        stored = round_module(module, recipe)
+        stored = round_weights(dict(module.named_parameters()), recipe)
         (artifact,) = load_format(format).emit(COMPONENT, module, stored, folder, EmitOptions())
         found[format] = artifact.path, stored
     return found

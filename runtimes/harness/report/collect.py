@@ -44,17 +44,21 @@ def collect(
     benchmark: Result | None = None,
     ranges: RangeMap | None = None,
     drifts: Sequence[Drift] | None = None,
+    measured: bool = True,
 ) -> Findings:
-    """`ranges` and `drifts` None: measured here. Raises `BundleError` where the benchmark is of another bundle or a file cannot
-    be read, `GraphError` where an artifact cannot be run or counted."""
+    """`ranges` and `drifts` None: measured here, or left out where not `measured`.
+
+    Raises `BundleError` where the benchmark is of another bundle or a file cannot be read, `GraphError` where an artifact
+    cannot be run or counted.
+    """
     if benchmark is not None:
         check_benchmark(benchmark, manifest)
     return Findings(
         manifest,
         read_gallery(folder, manifest),
         {name: evidence for name, evidence in read_evidence(folder).items() if name in manifest.formats},
-        measure_ranges(folder) if ranges is None and RANGED in manifest.formats else ranges,
-        tuple(measure_drift(folder, name) for name in drawing(manifest)) if drifts is None else tuple(drifts),
+        measure_ranges(folder) if ranges is None and measured and RANGED in manifest.formats else ranges,
+        tuple(measure_drift(folder, name) for name in drawing(manifest) if measured) if drifts is None else tuple(drifts),
         tuple(bundle_cost(folder, format) for format in manifest.formats if format in READERS),
         benchmark,
     )

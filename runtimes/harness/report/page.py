@@ -56,14 +56,15 @@ def write_report(
     benchmark: Result | None = None,
     ranges: RangeMap | None = None,
     drifts: Sequence[Drift] | None = None,
+    measured: bool = True,
 ) -> Path:
     """Writes report.html into a bundle folder that is not yet published, and returns its path.
 
     The folder holds the manifest and everything else; `manifest` may say more than the file there, such as parity. `ranges` and
-    `drifts` None: measured here. Raises as `collect` does.
+    `drifts` None: measured here, or left out where not `measured`. Raises as `collect` does.
     """
     path = folder / REPORT
-    findings = collect(folder, manifest, benchmark=benchmark, ranges=ranges, drifts=drifts)
+    findings = collect(folder, manifest, benchmark=benchmark, ranges=ranges, drifts=drifts, measured=measured)
     path.write_text(render_page(findings), encoding="utf-8", newline="\n")
     return path
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.components.component import Component
-from export.compression.rounding import round_module
+from export.compression.rounding import round_weights
 from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, Scheme
 from export.formats.coreml import CoreMLFormat
 from export.formats.executorch import ExecuTorchFormat
@@ -121,7 +121,7 @@ def linear(name: str, inputs: int = 16, outputs: int = 16) -> Component:
 def emit(
     component: Component, module: nn.Module, format: str, folder: Path, schemes: Mapping[str, Scheme] | None = None
 ) -> Path:
-    stored = round_module(module, dict(schemes or {}))
+    stored = round_weights(dict(module.named_parameters()), dict(schemes or {}))
     (artifact,) = FORMATS[format].emit(component, module, stored, folder, EmitOptions(deployment_target="iOS18"))
     return artifact.path
 
@@ -175,7 +175,7 @@ def test_compressed_weights_count_as_they_are_stored(format: str, scheme: Scheme
     module = seeded(component)
     path = emit(component, module, format, tmp_path, {"layer.weight": scheme, "layer.bias": FloatScheme(32)})
     cost = artifact_cost(path, format)
-    (weight,) = round_module(module, {"layer.weight": scheme}).values()
+    (weight,) = round_weights(dict(module.named_parameters()), {"layer.weight": scheme}).values()
     assert cost.macs == 3 * 64 * 48
     assert cost.stored_bytes == cost.weight_bytes == weight.nbytes + 48 * WEIGHT_BYTES[format]
 
