@@ -1,0 +1,21 @@
+"""Work at the full size of SD3.5-Medium, on random weights: no download, and nothing said of pictures.
+
+python -m benchmarks.full_size make DIR
+"""
+
+from __future__ import annotations
+
+import click
+
+from benchmarks.full_size.make import make
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """SD3.5-Medium's exact sizes, with random weights."""
+
+
+main.add_command(make)
+
+if __name__ == "__main__":
+    main()
