@@ -10,6 +10,7 @@ from rich.console import Console
 
 from export.console import NOWHERE, StageBars, noise_to, say
 from export.errors import UserError
+from export.lora import Lora, pair_loras
 from runtimes.bundle import load_manifest
 from runtimes.harness.bench_tables import pairs_table, result_table, verdict_table
 from runtimes.harness.history import append, check_comparable, compare, differences, history_file, latest_like, read_history
@@ -58,6 +59,8 @@ def run_bench(
     device: str | None = None,
     runner: Path | None = None,
     sustained: float | None = None,
+    loras: tuple[str, ...] = (),
+    lora_scales: tuple[float, ...] = (),
 ) -> None:
     """Measures a bundle here or on a device, or takes in what a phone measured of it; the result is shown and filed.
 
@@ -67,6 +70,9 @@ def run_bench(
         raise UserError(f"--json {json_file} cannot be written: there is no folder {json_file.parent}; choose another file")
     if model is not None and against is None:
         raise UserError(f"--model {model} is for --against; a bundle alone is measured without its checkpoint")
+    if (loras or lora_scales) and against is None:
+        raise UserError("--lora and --lora-scale are for --against; a bundle alone is measured without its checkpoint")
+    merged = pair_loras(loras, lora_scales)
     if device is None:
         _refuse({"--runner": runner, "--sustained": sustained}, "is for --device; give that too, or leave it out")
     earlier = Earlier.read(compare_with)
@@ -84,7 +90,7 @@ def run_bench(
                 asked = Asked(threads, count, sustained)
                 result = _measured_on_device(console, bundle, device, runner, runtime, asked, earlier)
             else:
-                result = _measured(console, bundle, runtime or "auto", threads, count, against, model, earlier)
+                result = _measured(console, bundle, runtime or "auto", threads, count, against, model, merged, earlier)
             _finish(console, result, earlier, json_file)
 
 
@@ -96,6 +102,7 @@ def _measured(
     iterations: int,
     against: Against | None,
     model: str | None,
+    loras: tuple[Lora, ...],
     earlier: Earlier,
 ) -> Result:
     check_counts(threads, iterations)
@@ -108,10 +115,12 @@ def _measured(
     from export.commands import built_in
 
     original = model or built_in()
-    check_original(opened, original, against)
+    check_original(opened, original, against, loras)
     with StageBars(console) as bars:
         result = measure(opened, threads=threads, iterations=iterations, listener=bars)
-        compared = compare_with_original(opened, original, against, threads=threads, iterations=iterations, progress=bars)
+        compared = compare_with_original(
+            opened, original, against, loras, threads=threads, iterations=iterations, progress=bars
+        )
     return result.model_copy(update={"comparison": compared})
 
 

@@ -26,6 +26,7 @@ from export.components.component import Component
 from export.errors import UserError
 from export.families import read_family
 from export.families.family import GraphOptions
+from export.lora import Lora
 from export.rewrites import Rewrites
 from runtimes.bundle import ArtifactEntry, BundleError, ComponentEntry, Manifest, load_manifest
 from runtimes.graph import GraphError, TensorSpec, check_inputs
@@ -82,7 +83,8 @@ class DiffusersSubject:
 
 def original_subject(request: OriginalRequest, manifest: Manifest) -> Subject:
     """The subject of a request."""
-    checkpoint, artifacts = open_checkpoint(request.model), RUNTIMES[request.runtime]
+    loras = [Lora(where, scale) for where, scale in request.loras]
+    checkpoint, artifacts = open_checkpoint(request.model, loras=loras), RUNTIMES[request.runtime]
     options = graph_options(manifest, artifacts.format)
     if request.against == "diffusers":
         return DiffusersSubject(checkpoint, manifest, options, request.threads)

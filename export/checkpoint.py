@@ -6,10 +6,11 @@ files. Only safetensors are read: a pickle can run code. Tokenizers, licence fil
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from torch import Tensor
 from export.errors import UserError
 from export.hub import download
 from export.layout import CONFIGS, FOLDERS, PICKLES, TOKENIZERS, is_licence, weight_files
+from export.lora import Change, Lora, Merged, find_lora, read_changes
 from export.single_file import read_single_file
-from export.tensors import FLOATS, SafetensorsReader, TensorReader
+from export.tensors import FLOATS, SafetensorsReader, TensorReader, listed
+from runtimes.bundle import LoraEntry
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")  # the first two are what phone tokenizers read
-_NAMED = 5  # tensors that an error lists before it counts the rest
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class Checkpoint:
     name_or_path: str | None = None
     licence_files: tuple[Path, ...] = ()
     content: tuple[tuple[str, Path], ...] = ()
+    merged: tuple[LoraEntry, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The name, with those of the LoRAs that are merged into it."""
+        return "+".join((self.name, *(Path(lora.name).stem for lora in self.merged)))
 
     def config(self, folder: str) -> Mapping[str, Any]:
         """The folder's config.json, or what stands in its place."""
@@ -77,7 +85,7 @@ class Checkpoint:
         reader = self.readers[folder]
         kinds = [f"{name} is {reader.kind(name)}" for name in both if reader.kind(name) not in FLOATS]
         found = {"missing": missing, "unexpected": unexpected, "of another shape:": other, "not float:": kinds}
-        faults = [f"{what} {_listed(names)}" for what, names in found.items() if names]
+        faults = [f"{what} {listed(names)}" for what, names in found.items() if names]
         if faults:
             raise UserError(f"{self.where}: tensors of {folder} do not fit its configuration: {'; '.join(faults)}")
 
@@ -94,12 +102,17 @@ class Checkpoint:
         return whole.hexdigest()
 
 
-def open_checkpoint(where: str, tokenizer: Path | None = None) -> Checkpoint:
+def open_checkpoint(where: str, tokenizer: Path | None = None, loras: Sequence[Lora] = ()) -> Checkpoint:
     """Opens `where`: a folder, a hub id such as `org/name`, or a safetensors file.
 
     `tokenizer` is a folder with `tokenizer/` and `tokenizer_2/`: a single file needs one, another checkpoint may take its
-    tokenizers from there. Reads headers and configurations only. Raises `UserError`.
+    tokenizers from there. `loras` are merged into the weights in their order, as these are read. Reads headers and
+    configurations only. Raises `UserError`.
     """
+    return _with_loras(_open(where, tokenizer), loras)
+
+
+def _open(where: str, tokenizer: Path | None) -> Checkpoint:
     path = Path(where).expanduser()
     if path.suffix in PICKLES:
         raise UserError(f"{where} is a pickle file, which can run code: give the checkpoint as safetensors")
@@ -181,6 +194,35 @@ def _open_file(where: str, path: Path, tokenizer: Path | None) -> Checkpoint:
     )
 
 
+def _with_loras(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
+    if not loras:
+        return checkpoint
+    found = [find_lora(lora) for lora in loras]
+    changes: dict[str, dict[str, list[Change]]] = {folder: {} for folder in checkpoint.readers}
+    notes, merged = [], []
+    for number, lora in enumerate(found):
+        if any(lora.path.samefile(other.path) for other in found[:number]):
+            raise UserError(f"--lora {lora.name} is given twice; give it once, at the sum of its scales")
+        counts = []
+        for folder, tensors in read_changes(lora, checkpoint.readers).items():
+            counts.append(f"{len(tensors)} tensors of {folder}")
+            for name, steps in tensors.items():
+                changes[folder].setdefault(name, []).extend(steps)
+        licence = _licence(lora.path.parent / "README.md") or "unstated"
+        notes.append(f"LoRA {lora.name} is merged into {', '.join(counts)}, at scale {lora.scale:g}; its licence: {licence}")
+        merged.append(LoraEntry(name=lora.name, scale=lora.scale, licence=licence))
+    readers = {folder: Merged(reader, changes[folder]) for folder, reader in checkpoint.readers.items()}
+    # Scale and place stand in the names, which the fingerprint covers.
+    content = [(f"lora {number} at {float(lora.scale)!r}", lora.path) for number, lora in enumerate(found)]
+    return dataclasses.replace(
+        checkpoint,
+        readers=readers,
+        notes=(*checkpoint.notes, *notes),
+        content=(*checkpoint.content, *content),
+        merged=tuple(merged),
+    )
+
+
 def _tokenizers(where: str, folder: Path) -> dict[str, Path]:
     """The tokenizer folders; each must hold what phone tokenizers read."""
     found = {name: folder / name for name in TOKENIZERS}
@@ -208,8 +250,3 @@ def _licence(card: Path) -> str | None:
         raise UserError(f"{card}: the header of the model card cannot be read ({error})") from error
     licence = header.get("license_name") or header.get("license")
     return None if licence is None else str(licence)
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

@@ -48,8 +48,15 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 _file = click.Path(path_type=Path)
+_of_the_loras = _options(
+    click.option(
+        "--lora", "loras", metavar="FILE|HUB_ID", multiple=True, help="Merge a LoRA in diffusers' format; repeatable."
+    ),
+    click.option("--lora-scale", "lora_scales", type=float, multiple=True, help="One for each --lora, in order [1]."),
+)
 _of_the_model = _options(
     click.option("--model", metavar="FOLDER|HUB_ID|FILE", help="Folder, hub id or .safetensors file [flash-mini]."),
+    _of_the_loras,
     click.option("--tokenizer", type=_file, help="Folder of tokenizer/ and tokenizer_2/, for a file."),
 )
 _of_the_graphs = _options(
@@ -138,6 +145,7 @@ def generate(**given: Any) -> None:
 @click.option("--drift", is_flag=True, help="Instead: distance from the original's latents after each step.")
 @click.option("--against", type=_file, help="Instead: compare with another bundle of the same checkpoint.")
 @click.option("--model", help="Of --per-layer: the bundle's checkpoint [flash-mini].")
+@_of_the_loras
 @click.option("--component", "components", multiple=True, help="Of --per-layer: only these.")
 @click.option("--case", type=click.IntRange(min=0), default=0, show_default=True, help="Of --per-layer: golden case.")
 @_of_the_calibration
@@ -164,6 +172,7 @@ def inspect(bundle: Path) -> None:
 @click.option("--iterations", type=int, help="Measured runs of each component and of the picture [30].")
 @click.option("--against", type=click.Choice(["diffusers", "torch", "torch-compile"]), help="Also run the original in turns.")
 @click.option("--model", metavar="FOLDER|HUB_ID|FILE", help="The checkpoint for --against [flash-mini].")
+@_of_the_loras
 @click.option("--json", "json_file", type=_file, help="Also write the result as JSON.")
 @click.option("--compare", "compare_with", metavar="FILE|last", help="An earlier result's JSON, or the last one filed.")
 @click.option("--import", "import_file", type=_file, help="File a result that a phone handed back.")

@@ -19,6 +19,7 @@ from export.console import NOWHERE, StageBars, loss_lines, noise_to, plan_table,
 from export.errors import UserError
 from export.exporter import export
 from export.families.family import Contract
+from export.lora import pair_loras
 from export.planning import Check, ExportOptions, ExportPlan, make_plan
 from export.publish import GateFailed, check_place
 from export.rewrites import Rewrites, rewrites_of
@@ -35,7 +36,7 @@ BUILT_IN = "flash-mini"
 def run_export(*, target: str, out: Path | None, dry_run: bool, **given: Any) -> None:
     """Plans every target before any is made; exit code 1 where a parity gate fails."""
     plans = _plans(target, _export_options(**given))
-    folder = out or Path("bundles") / plans[0].checkpoint.name
+    folder = out or Path("bundles") / plans[0].checkpoint.title
     for plan in plans:
         check_place(folder / plan.target.name, plan.needed_bytes)
     notes = dict.fromkeys(note for plan in plans for note in plan.notes)
@@ -73,6 +74,8 @@ def _export_options(
     *,
     model: str | None,
     tokenizer: Path | None,
+    loras: tuple[str, ...],
+    lora_scales: tuple[float, ...],
     steps: int | None,
     sigmas: str | None,
     resolution: str | None,
@@ -96,6 +99,7 @@ def _export_options(
     return ExportOptions(
         model=model or built_in(),
         tokenizer=tokenizer,
+        loras=pair_loras(loras, lora_scales),
         steps=steps,
         sigmas=_sigmas(sigmas),
         resolution=_resolution(resolution),

@@ -83,7 +83,7 @@ class StageBars:
 def plan_table(plan: ExportPlan) -> Table:
     """Components, formats, schemes and expected bytes of what is going to be made."""
     graph = plan.graph
-    title = f"{plan.checkpoint.name} for {plan.target.name}, {graph.width} x {graph.height} px"
+    title = f"{plan.checkpoint.title} for {plan.target.name}, {graph.width} x {graph.height} px"
     table = compact_table(title, ("component", "format"), ("pieces", "expected\nMB"), "weights: scheme")
     for part in plan.parts:
         if part.name not in plan.exported:

@@ -21,6 +21,7 @@ from runtimes.bundle import (
     FileEntry,
     ImageSize,
     LicenceEntry,
+    LoraEntry,
     LossEntry,
     Manifest,
     ModelEntry,
@@ -103,6 +104,11 @@ def describe_scheme(scheme: Scheme) -> str:
     return f"integers {scheme.bits} bit" + (f", blocks of {scheme.block}" if scheme.block else "")
 
 
+def describe_lora(lora: LoraEntry) -> str:
+    """What a merged LoRA is, in a line."""
+    return f"LoRA {lora.name} at scale {lora.scale:g} (licence: {lora.licence})"
+
+
 def make_recipe_entry(
     plan: ExportPlan, recipes: Mapping[str, FormatRecipe], losses: Mapping[str, Loss], schemes: Sequence[SchemeUse]
 ) -> RecipeEntry:
@@ -139,7 +145,7 @@ def make_manifest(
     """The manifest of a folder that holds everything but it; parity comes in once it has been measured."""
     checkpoint, graph = plan.checkpoint, plan.graph
     return Manifest(
-        model=ModelEntry(name=checkpoint.name, family=plan.family.name, fingerprint=fingerprint),
+        model=ModelEntry(name=checkpoint.title, family=plan.family.name, fingerprint=fingerprint, loras=checkpoint.merged),
         target=plan.target.name,
         contract=graph.contract,
         rewrites=tuple(name for name, on in vars(graph.rewrites).items() if on),
@@ -162,7 +168,7 @@ def make_manifest(
         golden=golden,
         licence=LicenceEntry(
             name=checkpoint.licence or "unstated",
-            attribution=checkpoint.name_or_path or checkpoint.name,
+            attribution="; ".join((checkpoint.name_or_path or checkpoint.name, *map(describe_lora, checkpoint.merged))),
             files=describe_files(folder, [path.name for path in checkpoint.licence_files]),
         ),
         other_files=tuple(others),

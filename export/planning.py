@@ -20,6 +20,7 @@ from export.errors import UserError
 from export.families import read_family
 from export.families.family import Contract, Family, GraphOptions
 from export.formats.format import EmitOptions, Format
+from export.lora import Lora
 from export.rewrites import Rewrites, rewrites_of
 from export.sigmas import choose_sigmas
 from export.targets import Target, choose_formats, load_format
@@ -56,6 +57,7 @@ class ExportOptions:
 
     model: str
     tokenizer: Path | None = None
+    loras: tuple[Lora, ...] = ()
     steps: int | None = None
     sigmas: tuple[float, ...] | None = None
     resolution: tuple[int, int] | None = None
@@ -141,7 +143,7 @@ def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
     """Opens the checkpoint and plans. Raises `UserError` with every reason to refuse, one a line."""
     formats = tuple(load_format(name) for name in choose_formats(target, options.formats))
     recipe, budget = _asked(target, options)
-    checkpoint = open_checkpoint(options.model, options.tokenizer)
+    checkpoint = open_checkpoint(options.model, options.tokenizer, options.loras)
     family = read_family(checkpoint)
     sigmas = choose_sigmas(checkpoint, options.steps, options.sigmas)
     width, height = options.resolution or family.default_resolution

@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +20,7 @@ from export.errors import UserError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Element types that a checkpoint's weights may have, in safetensors' names."""
-
-
+_NAMED = 5  # tensors that an error lists before it counts the rest
 TORCH = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -96,6 +95,12 @@ def _offsets(path: Path) -> dict[str, int]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
 def open_safetensors(path: Path) -> Any:

@@ -19,6 +19,7 @@ from export.errors import UserError
 from export.exporter import RECIPE
 from export.formats.format import Format
 from export.layerwise import reference_of
+from export.lora import Lora, as_options, pair_loras
 from export.planning import ExportOptions, ExportPlan, make_plan
 from export.progress import Silent
 from export.recording import run_all
@@ -59,19 +60,24 @@ def run_verify_command(
     calibration_device: str | None,
     json_file: Path | None,
     low_memory: bool,
+    loras: tuple[str, ...] = (),
+    lora_scales: tuple[float, ...] = (),
 ) -> None:
     """The gate, or the one report that was asked for in its place. Raises `UserError` for two of them."""
     asked = {"--per-layer": per_layer, "--ranges": ranges, "--drift": drift, "--against": against is not None}
     chosen = [name for name, given in asked.items() if given]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} are reports of their own; give one of them")
-    if not per_layer and (model or components or case or calibration_prompts or calibration_images or calibration_device):
-        raise UserError("--model, --component, --case and --calibration-... belong to --per-layer; give it or leave them out")
+    of_layers = (model, loras, lora_scales, components, case, calibration_prompts, calibration_images, calibration_device)
+    if not per_layer and any(of_layers):
+        names = "--model, --lora, --lora-scale, --component, --case and --calibration-..."
+        raise UserError(f"{names} belong to --per-layer; give it or leave them out")
     if per_layer:
         calibration = CalibrationOptions(calibration_prompts, calibration_images, calibration_device)
         run_verify_layers(
             bundle=bundle,
             model=model or built_in(),
+            loras=pair_loras(loras, lora_scales),
             runtimes=runtimes,
             components=components,
             case=case,
@@ -99,10 +105,11 @@ def run_verify_layers(
     case: int,
     calibration: CalibrationOptions,
     json_file: Path | None,
+    loras: tuple[Lora, ...] = (),
 ) -> None:
     """Names the first operation where an artifact and the checkpoint's modules part; exit code 1 where one does."""
     with noise_to(NOWHERE):
-        report = verify_layers(bundle, model, runtimes, components, case, calibration)
+        report = verify_layers(bundle, model, runtimes, components, case, calibration, loras)
     _show(report, report.failures, json_file)
 
 
@@ -134,9 +141,10 @@ def verify_layers(
     components: tuple[str, ...] = (),
     case: int = 0,
     calibration: CalibrationOptions | None = None,
+    loras: tuple[Lora, ...] = (),
 ) -> LayerReport:
-    """Every artifact of the bundle beside its component, made anew from the checkpoint `model`, on golden case number `case`
-    (the last one, of a component that has fewer).
+    """Every artifact of the bundle beside its component, made anew from the checkpoint `model` (with `loras` merged), on golden
+    case number `case` (the last one, of a component that has fewer).
 
     The weights are stored again as the bundle's recipe.json says, from the calibration that the bundle was made with.
     runtimes, components: only these; empty: all. Raises `UserError` where the checkpoint is another one or the weights do not
@@ -149,7 +157,7 @@ def verify_layers(
     if unknown := [name for name in components if name not in names]:
         raise UserError(f"--component {unknown[0]} is not in {bundle}; choose from {', '.join(names)}")
     wanted = [entry for entry in entries if not components or entry.name in components]
-    plan = _plan(bundle, manifest, model, wanted, calibration or CalibrationOptions())
+    plan = _plan(bundle, manifest, model, loras, wanted, calibration or CalibrationOptions())
     statistics = statistics_for(plan, Silent(), manifest.model.fingerprint)
     rows: list[ArtifactLayers] = []
     for component in compressed(plan, settle(plan, statistics, Silent()), statistics, Silent(), "components"):
@@ -183,7 +191,12 @@ def component_layers(
 
 
 def _plan(
-    bundle: Path, manifest: Manifest, model: str, entries: list[ComponentEntry], calibration: CalibrationOptions
+    bundle: Path,
+    manifest: Manifest,
+    model: str,
+    loras: tuple[Lora, ...],
+    entries: list[ComponentEntry],
+    calibration: CalibrationOptions,
 ) -> ExportPlan:
     """The plan by which these components of the bundle were made."""
     if manifest.target not in TARGETS:
@@ -191,6 +204,7 @@ def _plan(
     chunks = max((len(entry.artifacts) for entry in manifest.components if entry.name == "transformer"), default=1)
     options = ExportOptions(
         model=model,
+        loras=loras,
         sigmas=manifest.sigmas,
         resolution=(manifest.image_size.width, manifest.image_size.height),
         recipe=bundle / RECIPE,
@@ -204,8 +218,10 @@ def _plan(
     )
     plan = make_plan(TARGETS[manifest.target], options)
     if plan.checkpoint.fingerprint() != manifest.model.fingerprint:
-        name = manifest.model.name
-        raise UserError(f"--model {model} is not the checkpoint that {bundle} was made of; give that of {name} with --model")
+        name, merged = manifest.model.name, as_options(manifest.model.loras)
+        raise UserError(
+            f"--model {model} is not the checkpoint that {bundle} was made of; give that of {name} with --model{merged}"
+        )
     return plan
 
 

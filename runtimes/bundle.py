@@ -184,10 +184,17 @@ def chunk_feeds(chunks: Sequence[tuple[Sequence[TensorEntry], Sequence[TensorEnt
     return feeds
 
 
+class LoraEntry(_Model):
+    name: str = Field(min_length=1, description="file name, or hub id")
+    scale: float
+    licence: str = Field(description="as the card beside the file states it")
+
+
 class ModelEntry(_Model):
     name: str = Field(min_length=1)
     family: str = Field(description="sd3")
-    fingerprint: Sha256 = Field(description="sha256 of the checkpoint's tensors, as the exporter reads them")
+    fingerprint: Sha256 = Field(description="sha256 of the checkpoint's files, and of LoRAs and their scales")
+    loras: tuple[LoraEntry, ...] = Field(default=(), description="what was merged into the weights, in this order")
 
 
 class ImageSize(_Model):

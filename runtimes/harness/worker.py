@@ -46,6 +46,7 @@ class OriginalRequest(Request):
     """The same of the checkpoint that the bundle was made of; `runtime` is still the artifacts' own."""
 
     model: str
+    loras: tuple[tuple[str, float], ...] = ()  # merged into it: file or hub id, and scale
     against: Against
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +25,16 @@ from export.errors import UserError
 try:
     checkpoint = open_checkpoint(sys.argv[1])
     print(checkpoint.name, checkpoint.tensor("vae", "decoder.conv_in.bias").shape[0], checkpoint.tokens)
+except UserError as error:
+    print("UserError:", error)
+"""
+LORA_SCRIPT = """
+import sys
+from export.errors import UserError
+from export.lora import Lora, find_lora
+try:
+    found = find_lora(Lora(sys.argv[1], 0.5))
+    print(found.name, found.path.name, found.path.read_text(), (found.path.parent / "README.md").is_file())
 except UserError as error:
     print("UserError:", error)
 """
@@ -92,13 +103,8 @@ class Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    folder = write_checkpoint(tmp_path_factory.mktemp("hub"))
-    (folder / "text_encoder_3").mkdir()
-    (folder / "text_encoder_3/model.safetensors").write_bytes(b"much")
-    (folder / "transformer/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"more")
-    (folder / "sd3.safetensors").write_bytes(b"the same again")
+@contextmanager
+def serving(folder: Path) -> Iterator[Hub]:
     server = Hub(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -107,10 +113,21 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     thread.join()
 
 
-def open_through(endpoint: str, cache: Path, name: str, offline: bool = False) -> str:
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    folder = write_checkpoint(tmp_path_factory.mktemp("hub"))
+    (folder / "text_encoder_3").mkdir()
+    (folder / "text_encoder_3/model.safetensors").write_bytes(b"much")
+    (folder / "transformer/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"more")
+    (folder / "sd3.safetensors").write_bytes(b"the same again")
+    with serving(folder) as server:
+        yield server
+
+
+def open_through(endpoint: str, cache: Path, name: str, offline: bool = False, script: str = SCRIPT) -> str:
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", SCRIPT, name]
+    command = [sys.executable, "-c", script, name]
     done = subprocess.run(command, env={**os.environ, **settings}, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -132,3 +149,22 @@ def test_model_that_cannot_be_had_is_one_line(hub: Hub, tmp_path: Path) -> None:
     assert open_through(endpoint, tmp_path, "tests/other", offline=True).startswith(lost)
     unknown = "UserError: tests/other is neither a folder here nor a hub model"
     assert open_through(endpoint, tmp_path, "tests/other").startswith(unknown)
+
+
+def test_lora_of_the_hub_is_one_file_and_its_card(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("style.safetensors", "README.md", "sample.png"):
+        (repository / name).write_text(name)
+    with serving(repository) as server:
+        endpoint, cache = f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "cache"
+        found = "tests/tiny style.safetensors style.safetensors True"
+        assert open_through(endpoint, cache, "tests/tiny", script=LORA_SCRIPT) == found
+        assert server.given == {"style.safetensors", "README.md"}
+        assert open_through(endpoint, cache, "tests/tiny", offline=True, script=LORA_SCRIPT) == found
+        (repository / "other.safetensors").write_text("other")
+        several = "UserError: --lora tests/tiny: one safetensors file is needed at its top, or pytorch_lora_weights.safetensors"
+        assert open_through(endpoint, tmp_path / "new", "tests/tiny", script=LORA_SCRIPT).startswith(several)
+        (repository / "pytorch_lora_weights.safetensors").write_text("weights")
+        named = "tests/tiny pytorch_lora_weights.safetensors weights True"
+        assert open_through(endpoint, tmp_path / "newer", "tests/tiny", script=LORA_SCRIPT) == named
