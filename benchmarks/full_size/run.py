@@ -36,6 +36,7 @@ OTHER = {"coreml": "coremltools", "onnx": "onnxruntime", "executorch": "executor
 @click.option("--format", "formats", type=click.Choice([*OTHER]), multiple=True, help="Only these formats.")
 @click.option("--bits", type=float, help="Mean bits of a weight [ios 6, android 8].")
 @click.option("--calibration/--no-calibration", default=False, show_default=True, help="Calibrated mixed bits.")
+@click.option("--resolution", type=int, default=512, show_default=True, help="Pixels each way.")
 @click.option("--others/--no-others", default=True, show_default=True, help="Also the tools that a user would take instead.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/full-size"), show_default=True, help="Bundles.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures as JSON.")
@@ -46,6 +47,7 @@ def run(
     formats: Sequence[str],
     bits: float | None,
     calibration: bool,
+    resolution: int,
     others: bool,
     out: Path,
     json_file: Path | None,
@@ -58,9 +60,9 @@ def run(
             if formats and format not in formats:
                 continue
             place = out / f"{format}{'-calibrated' if calibration else ''}"
-            works = [Work("ours", str(model), str(place), target, (format,), bits, calibration)]
+            works = [Work("ours", str(model), str(place), target, (format,), bits, calibration, resolution)]
             if others:
-                works.append(Work(OTHER[format], str(model), str(place) + "-theirs", target, (format,), bits))
+                works.append(Work(OTHER[format], str(model), str(place) + "-theirs", target, (format,), bits, resolution=resolution))
             for work in works:
                 result = measure(work)
                 results.append(result)

@@ -20,9 +20,6 @@ from export.exporter import export
 from export.planning import ExportOptions, ExportPlan, make_plan
 from export.targets import TARGETS
 
-RESOLUTION = (512, 512)
-
-
 @dataclass(frozen=True)
 class Work:
     """What a worker is asked for. kind: "ours", or whose tools: "coremltools", "onnxruntime", "executorch"."""
@@ -34,14 +31,15 @@ class Work:
     formats: tuple[str, ...] = ()
     bits: float | None = None
     calibrate: bool = False
+    resolution: int = 512
 
 
 def run(work: Work, tell: Callable[[str], None]) -> dict[str, Any]:
     """Stages with their seconds and peaks, bytes of what was made, and what the comparison found."""
     stages = Stages(by_step=("components", "parity"), tell=tell)
-    options = ExportOptions(
-        work.model, resolution=RESOLUTION, formats=work.formats, bits=work.bits, calibrate=work.calibrate
-    )
+    size = (work.resolution, work.resolution)
+    options = ExportOptions(work.model, resolution=size, formats=work.formats, bits=work.bits, calibrate=work.calibrate)
+    stages.stage("plan", 1)
     plan = make_plan(TARGETS[work.target], options)
     if work.kind == "ours":
         report = export(plan, Path(work.out) / work.target, stages)
