@@ -24,6 +24,7 @@ from export.describing import TOOLS, component_entry, make_manifest, make_recipe
 from export.diffusers_layout import write_layout
 from export.journal import Journal
 from export.measuring import Loss, loss_of
+from export.memory import keep_large_blocks_apart, release
 from export.planning import ExportPlan, Part
 from export.progress import Progress
 from export.publish import GateFailed, publishing
@@ -60,6 +61,8 @@ def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
     progress.stage("checkpoint", 1)
     progress.step("fingerprint")
     fingerprint = plan.checkpoint.fingerprint()
+    if plan.is_large:
+        keep_large_blocks_apart()
     with publishing(place, plan.needed_bytes, key_of(plan, fingerprint)) as folder:
         return _Export(plan, folder, fingerprint, progress).make()
 
@@ -184,6 +187,8 @@ class _Export:
                 to_image(drawing.image).save(self.folder / PICTURES / f"prompt{p}-original.png")
             paths = [IMAGES, *(f"{PICTURES}/prompt{p}-original.png" for p in range(len(drawings)))]
             self.journal.note("drawings", True, paths)
+            del pipeline
+            release()
         return list(read_images(self.folder, entries))
 
     def _components(self, recipes: Mapping[str, FormatRecipe], drawings: Sequence[Drawing]) -> list[_Made]:
@@ -194,7 +199,11 @@ class _Export:
         steps = None if plan.check == "pictures" else (0,)
         recorder = Recorder(contract_of(plan), pair, drawings, entries(transformer.pieces[0].inputs), steps)
         self.progress.stage("components", len(plan.parts) * (2 * len(plan.formats) + 1))
-        return [self._component(part, recipes, recorder) for part in plan.parts]
+        made = []
+        for part in plan.parts:
+            made.append(self._component(part, recipes, recorder))
+            release()
+        return made
 
     def _component(self, part: Part, recipes: Mapping[str, FormatRecipe], recorder: Recorder) -> _Made:
         found = self.journal.recall(part.name)

@@ -128,6 +128,11 @@ class ExportPlan:
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def is_large(self) -> bool:
+        """Whether running the model takes this computer long."""
+        return self.effort.picture(len(self.graph.sigmas) - 1) > LARGE
+
+    @property
     def expected_bytes(self) -> int:
         """Of the weights of all artifacts."""
         wanted = [part for part in self.parts if part.name in self.exported]

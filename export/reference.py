@@ -95,10 +95,11 @@ def _load_on_use(checkpoint: Checkpoint, folder: str, make: Callable[[dict[str, 
     """
     config = dict(checkpoint.config(folder))
     with torch.device("meta"):
-        blank = make(config)
-    stores_buffers = not blank.state_dict().keys().isdisjoint(name for name, _ in blank.named_buffers())
-    with init_empty_weights(include_buffers=stores_buffers):
         module = make(config).float()
+    stores_buffers = not module.state_dict().keys().isdisjoint(name for name, _ in module.named_buffers())
+    if not stores_buffers:
+        with init_empty_weights(include_buffers=False):
+            module = make(config).float()
     module.eval().requires_grad_(False)
     known = checkpoint.shapes(folder)
     _check(folder, [name for name in module.state_dict() if name not in known])

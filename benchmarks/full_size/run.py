@@ -62,7 +62,8 @@ def run(
             place = out / f"{format}{'-calibrated' if calibration else ''}"
             works = [Work("ours", str(model), str(place), target, (format,), bits, calibration, resolution)]
             if others:
-                works.append(Work(OTHER[format], str(model), str(place) + "-theirs", target, (format,), bits, resolution=resolution))
+                theirs = f"{place}-theirs"
+                works.append(Work(OTHER[format], str(model), theirs, target, (format,), bits, resolution=resolution))
             for work in works:
                 result = measure(work)
                 results.append(result)

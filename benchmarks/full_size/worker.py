@@ -20,6 +20,7 @@ from export.exporter import export
 from export.planning import ExportOptions, ExportPlan, make_plan
 from export.targets import TARGETS
 
+
 @dataclass(frozen=True)
 class Work:
     """What a worker is asked for. kind: "ours", or whose tools: "coremltools", "onnxruntime", "executorch"."""
