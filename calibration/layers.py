@@ -10,6 +10,8 @@ is |dz|^2 (Hutchinson 1989). Three things are gathered:
   steps of a prompt, so that their sum over calls is the sketch of the whole G.
 - rounding, of linears: sum_t g_to^2 v_t, with v_t the variance of rounding x_t to 256 levels between its least and greatest
   value (step^2 / 12). These errors are independent of each other, so that they move the target by sum_o rounding[o] |W_o|^2.
+- block_rounding, of linears: the same for rounding each block of `block_of(in)` inputs to whole multiples of its greatest
+  magnitude / 127; they move the target by sum_o sum_b block_rounding[o, b] |W_ob|^2.
 
 `sensitivity[o] = mean (G_o r)^2 / trace(moments)` then makes sum_o sensitivity[o] E_o moments E_o^T the expected |dz|^2 of any
 error whose values are independent with equal variance, as rounding errors are: exactly, however positions and steps
@@ -40,6 +42,9 @@ SKETCHES = 4
 
 POSITIONS = 1024
 """Positions of one call that the moments are taken over at most; more are drawn at random (of pixels there are many)."""
+
+BLOCKS = (256, 128, 64, 32, 16)
+"""Sizes of MatMulNBits' blocks, the largest first: with int8 activations the larger are the faster."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,16 @@ def _rounding_variance(rows: Tensor) -> Tensor:
     """[positions]: the variance of rounding each row to 256 levels between its least and greatest value, 0 among them."""
     step = (rows.amax(dim=1).clamp(min=0) - rows.amin(dim=1).clamp(max=0)) / 255
     return step.square() / 12
+
+
+def block_of(width: int) -> int:
+    """Inputs of a linear that share a scale where they are rounded by blocks: the most that MatMulNBits has and that divide."""
+    return next((size for size in BLOCKS if width % size == 0), width)
+
+
+def _block_rounding_variance(rows: Tensor) -> Tensor:
+    """[positions, blocks]: the variance of rounding each block to multiples of its greatest magnitude / 127."""
+    return (rows.unflatten(1, (-1, block_of(rows.shape[1]))).abs().amax(dim=2) / 127).square() / 12
 
 
 def _drawn(count: int) -> Tensor:
@@ -143,6 +158,7 @@ class Sums:
     leaders: dict[str, str] = field(default_factory=dict)
     sketches: dict[str, Tensor] = field(default_factory=dict)  # [prompts, out, SKETCHES]
     rounding: dict[str, Tensor] = field(default_factory=dict)  # [out], of linears; the sum over prompts
+    block_rounding: dict[str, Tensor] = field(default_factory=dict)  # [out, blocks], likewise
 
     def sensitivity(self, layer: str) -> Tensor:
         """float32 [out]; 0 where nothing but zeros came in."""
@@ -155,9 +171,15 @@ class Sums:
         prompts, out, _ = self.sketches[layer].shape
         return self.rounding[layer] / prompts if layer in self.rounding else self.sketches[layer].new_zeros(out)
 
+    def mean_block_rounding(self, layer: str) -> Tensor:
+        """float32 [out, blocks]; without blocks for what is no linear."""
+        prompts, out, _ = self.sketches[layer].shape
+        return self.block_rounding[layer] / prompts if layer in self.block_rounding else self.sketches[layer].new_zeros(out, 0)
+
     def save(self, path: Path) -> None:
         tensors = {f"sketch {name}": sketch for name, sketch in self.sketches.items()}
         tensors |= {f"rounding {name}": rounding for name, rounding in self.rounding.items()}
+        tensors |= {f"block_rounding {name}": rounding for name, rounding in self.block_rounding.items()}
         for name, sums in self.inputs.items():
             tensors[f"moments {name}"] = sums.moments
             tensors[f"total {name}"] = sums.total
@@ -175,7 +197,8 @@ class Sums:
             }
             sketches = {name: file.get_tensor(f"sketch {name}") for name in leaders}
             names = [key.removeprefix("rounding ") for key in file.keys() if key.startswith("rounding ")]  # noqa: SIM118
-            return cls(inputs, leaders, sketches, {name: file.get_tensor(f"rounding {name}") for name in names})
+            roundings = [{name: file.get_tensor(f"{kind} {name}") for name in names} for kind in ("rounding", "block_rounding")]
+            return cls(inputs, leaders, sketches, *roundings)
 
 
 class Observer:
@@ -215,8 +238,11 @@ class Observer:
             output = output.detach().requires_grad_()
         if name not in self.sums.sketches:
             self.sums.sketches[name] = output.new_zeros(self.prompts, kind.outputs(output).shape[1], SKETCHES)
-        variance = _rounding_variance(_last_axis(x)) if isinstance(layer, nn.Linear) else None
-        output.register_hook(partial(self._backward, name, kind, projected, variance))
+        variances = None
+        if isinstance(layer, nn.Linear):
+            rows = _last_axis(x)
+            variances = _rounding_variance(rows), _block_rounding_variance(rows)
+        output.register_hook(partial(self._backward, name, kind, projected, variances))
         return output
 
     def _add_inputs(self, name: str, rows: Tensor, width: int) -> None:
@@ -234,9 +260,12 @@ class Observer:
             sums.moments.addmm_(rows.T, rows)
             sums.total += rows.sum(dim=0)
 
-    def _backward(self, name: str, kind: Kind, projected: Tensor, variance: Tensor | None, gradient: Tensor) -> None:
+    def _backward(
+        self, name: str, kind: Kind, projected: Tensor, variances: tuple[Tensor, Tensor] | None, gradient: Tensor
+    ) -> None:
         outputs = kind.outputs(gradient)
         self.sums.sketches[name][self._prompt] += outputs.T @ projected
-        if variance is not None:
-            rounding = outputs.square().T @ variance
-            self.sums.rounding[name] = self.sums.rounding.get(name, 0) + rounding
+        if variances is not None:
+            squares = outputs.square().T
+            for sums, variance in zip((self.sums.rounding, self.sums.block_rounding), variances, strict=True):
+                sums[name] = sums.get(name, 0) + squares @ variance

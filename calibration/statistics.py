@@ -3,7 +3,7 @@
 <folder>/statistics.json                what was calibrated, and the file and tensors of every weight; written last
 <folder>/<piece>.safetensors            of the weights of one piece (a component, or one of a transformer's blocks):
     <weight>.moments, <weight>.mean     once for all weights that read the same tensor
-    <weight>.sensitivity, <weight>.rounding
+    <weight>.sensitivity, <weight>.rounding, <weight>.block_rounding
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,10 @@ from calibration.errors import CalibrationError
 from calibration.layers import Sums
 
 INDEX = "statistics.json"
+
+InputRounding = Literal["row", "block"]
+"""How a runtime rounds a linear's inputs to 8 bits: one scale and zero point a row (XNNPACK), or one scale for each block of
+`block_of(in)` inputs in it (MatMulNBits)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class LayerStatistics:
     mean         float32 [in], the mean of x
     sensitivity  float32 [out]
     rounding     float32 [out]; rounding a linear's inputs to 8 bits a row moves the latents by sum_o rounding[o] |W_o|^2
+    block_rounding  float32 [out, blocks]; rounding them by blocks moves the latents by sum_o,b block_rounding[o, b] |W_ob|^2
     samples      positions that the means are over: tokens or pixels, of all steps and prompts
 
     An embedding's W is [rows, width]: moments and mean are float32 [rows], the share of each row among the look-ups, and
@@ -55,6 +61,7 @@ class LayerStatistics:
     mean: np.ndarray
     sensitivity: np.ndarray
     rounding: np.ndarray
+    block_rounding: np.ndarray
     samples: int
 
     @property
@@ -62,11 +69,12 @@ class LayerStatistics:
         """Whether the weight is an embedding, whose inputs are rows to look up."""
         return self.moments.ndim == 1
 
-    def input_rounding(self, weight: np.ndarray) -> float:
-        """What rounding the inputs of a linear to 8 bits a row does to the final latents; 0 for other layers."""
-        if self.is_lookup:
+    def input_rounding(self, weight: np.ndarray, by: InputRounding) -> float:
+        """What rounding the inputs of a linear to 8 bits does to the final latents; 0 for other layers."""
+        if self.is_lookup or self.block_rounding.shape[1] == 0:
             return 0.0
-        return float(self.rounding @ np.square(weight.reshape(len(weight), -1), dtype=np.float64).sum(axis=1))
+        squares = np.square(weight, dtype=np.float64).reshape(*self.block_rounding.shape, -1).sum(axis=2)
+        return float((self.block_rounding * squares).sum() if by == "block" else self.rounding @ squares.sum(axis=1))
 
     def damage(self, error: np.ndarray) -> float:
         """What an error of the weight, of its shape, does to the final latents (or the picture), as said above."""
@@ -105,8 +113,9 @@ class Statistics:
         try:
             with safe_open(path, framework="numpy") as file:
                 moments, mean = (file.get_tensor(f"{place.inputs}.{kind}") for kind in ("moments", "mean"))
-                sensitivity, rounding = (file.get_tensor(f"{weight}.{kind}") for kind in ("sensitivity", "rounding"))
-                return LayerStatistics(moments, mean, sensitivity, rounding, place.samples)
+                kinds = ("sensitivity", "rounding", "block_rounding")
+                sensitivity, rounding, blocks = (file.get_tensor(f"{weight}.{kind}") for kind in kinds)
+                return LayerStatistics(moments, mean, sensitivity, rounding, blocks, place.samples)
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{path} cannot be read ({error}); remove {self.folder} and calibrate again") from error
 
@@ -115,6 +124,7 @@ def save_piece(path: Path, sums: Sums) -> None:
     """The statistics of one piece, from what it gathered."""
     tensors = {f"{name}.sensitivity": sums.sensitivity(name) for name in sums.leaders}
     tensors |= {f"{name}.rounding": sums.mean_rounding(name) for name in sums.leaders}
+    tensors |= {f"{name}.block_rounding": sums.mean_block_rounding(name) for name in sums.leaders}
     for name, inputs in sums.inputs.items():
         tensors[f"{name}.moments"] = inputs.moments / inputs.samples
         tensors[f"{name}.mean"] = inputs.total / inputs.samples

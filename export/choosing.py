@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from calibration.statistics import LayerStatistics, Statistics
+from calibration.statistics import InputRounding, LayerStatistics, Statistics
 from export.calibrating import statistics_of
 from export.compression.allocation import Candidate, allocate
 from export.compression.estimating import squared_error
@@ -60,7 +60,7 @@ def settle(plan: ExportPlan, statistics: Statistics | None, progress: Progress) 
             weights = piece.weights(plan.checkpoint)
             for format in plan.formats:
                 progress.step(f"{piece.name}: {format.name}")
-                weighed[format.name] |= weigh(part.name, weights, part.plans[format.name][index], format.name, layers)
+                weighed[format.name] |= weigh(part.name, weights, part.plans[format.name][index], format.rounding, layers)
     return {format.name: _choose(plan, format.name, weighed[format.name], statistics) for format in plan.formats}
 
 
@@ -72,17 +72,21 @@ def layers_of(statistics: Statistics | None, component: str) -> Layers:
 
 
 def weigh(
-    component: str, weights: Mapping[str, Tensor], plan: Plan, format: str, layers: Layers = nothing_known
+    component: str,
+    weights: Mapping[str, Tensor],
+    plan: Plan,
+    rounding: InputRounding | None,
+    layers: Layers = nothing_known,
 ) -> dict[Key, list[Candidate]]:
-    """The candidates, with their losses in a format, of a component's weights that have a choice."""
+    """The candidates, with their losses, of a component's weights that have a choice. rounding: of the format, see `Format`."""
 
     def candidates(info: WeightInfo) -> list[Candidate]:
         values = weights[info.name].detach().numpy()
         layer = known(info.name, info.shape, weights, layers)
         weight = _sample((component, info.name), values, layer)
-        inputs = layer.input_rounding(values) if layer is not None else 0.0
+        inputs = layer.input_rounding(values, rounding) if layer is not None and rounding is not None else 0.0
         return [
-            Candidate(s, stored_bytes(s, info.shape), _loss(weight, s) + inputs * rounds_inputs(info, s, format))
+            Candidate(s, stored_bytes(s, info.shape), _loss(weight, s) + inputs * rounds_inputs(info, s))
             for s in plan.candidates[info.name]
         ]
 

@@ -66,6 +66,13 @@ _of_the_graphs = _options(
     click.option(
         "--contract", type=click.Choice(["flash", "diffusers"]), default="flash", show_default=True, help="Graph inputs."
     ),
+    click.option(
+        "--activations",
+        type=click.Choice(["float", "int8"]),
+        default="float",
+        show_default=True,
+        help="ONNX: what linears multiply. int8 also rounds their inputs: faster, but not as exact.",
+    ),
     click.option("--deployment-target", default="iOS18", show_default=True, help="Core ML: iOS17 or iOS18."),
     click.option("--format", "formats", multiple=True, help="Only these formats of the target: coreml, onnx, executorch."),
     click.option("--component", "components", multiple=True, help="Only these components."),

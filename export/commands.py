@@ -15,6 +15,7 @@ from rich.text import Text
 from export.analysis import analyze
 from export.budgets import parse_size
 from export.calibrating import CalibrationOptions
+from export.compression.ladders import Activations
 from export.console import NOWHERE, StageBars, loss_lines, noise_to, plan_table, recipe_table, say
 from export.errors import UserError
 from export.exporter import export
@@ -88,6 +89,7 @@ def _export_options(
     calibration_images: Path | None,
     calibration_device: str | None,
     contract: Contract,
+    activations: Activations,
     deployment_target: str,
     formats: tuple[str, ...],
     components: tuple[str, ...],
@@ -110,6 +112,7 @@ def _export_options(
         calibrate=calibration,
         calibration=CalibrationOptions(calibration_prompts, calibration_images, calibration_device),
         contract=contract,
+        activations=activations,
         rewrites=_rewrites(contract, rewrite, without),
         deployment_target=deployment_target,
         formats=formats,

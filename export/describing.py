@@ -72,6 +72,7 @@ def component_entry(
         stored_bytes=nbytes,
         compute_units=plan.target.compute_units.get(part.name, "ALL") if format == "coreml" else None,  # type: ignore[arg-type]
         backend=artifacts[0].details.get("backend"),
+        activations=artifacts[0].details.get("activations") if any(isinstance(w, IntegerWeight) for w in weights) else None,
         delegated=min(artifact.delegated for artifact in artifacts) if executorch else None,
         delegated_floor=DELEGATED_FLOOR if executorch else None,
     )

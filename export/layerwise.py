@@ -99,13 +99,15 @@ def _coreml(component: Component, module: nn.Module, stored: Stored) -> tuple[Ex
 
 
 def _onnx(component: Component, module: nn.Module, stored: Stored) -> tuple[ExportedProgram, dict[str, tuple[str, ...]]]:
-    from export.formats.onnx import OPSET
+    from export.formats.onnx import OPSET, traceable
+    from export.formats.onnx_kernels import TRANSLATIONS
 
     with quiet(), torch.no_grad():
         made = torch.onnx.export(
-            with_stored(module, stored).eval(),
+            traceable(module, stored),
             example_inputs(component.inputs),
             dynamo=True,
+            custom_translation_table=TRANSLATIONS,
             opset_version=OPSET,
             optimize=False,
             verbose=False,

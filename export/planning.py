@@ -12,7 +12,7 @@ from export.budgets import Budget, check_uncalibrated, choose_budget
 from export.calibrating import CalibrationOptions
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.components.component import Component, check_weights
-from export.compression.ladders import ladder
+from export.compression.ladders import Activations, ladder
 from export.compression.recipe import RecipeFile, check_fits, read_recipe
 from export.compression.schemes import FloatScheme, Plan, Scheme, WeightInfo, plan, weight_infos
 from export.effort import CALIBRATION_PASSES, LARGE, affordable_prompts, duration, macs, macs_per_second
@@ -68,6 +68,7 @@ class ExportOptions:
     calibrate: bool = True
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     contract: Contract = "flash"
+    activations: Activations = "float"
     rewrites: Rewrites | None = None
     deployment_target: str = "iOS18"
     formats: tuple[str, ...] = ()
@@ -146,7 +147,11 @@ class ExportPlan:
 
 def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
     """Opens the checkpoint and plans. Raises `UserError` with every reason to refuse, one a line."""
-    formats = tuple(load_format(name) for name in choose_formats(target, options.formats))
+    names = choose_formats(target, options.formats)
+    if options.activations == "int8" and "onnx" not in names:
+        raise UserError(f"--activations int8 is a choice of ONNX graphs, and --target {target.name} makes {', '.join(names)} "
+                        "here; leave it out")
+    formats = tuple(load_format(name, options.activations) for name in names)
     recipe, budget = _asked(target, options)
     checkpoint = open_checkpoint(options.model, options.tokenizer, options.loras)
     family = read_family(checkpoint)
@@ -263,7 +268,8 @@ class _Schemes:
             return Plan(infos, {info.name: (chosen.get(info.name, FloatScheme(16)),) for info in infos})
         if not (self.options.calibrate and self.budget.compresses):
             return plan(infos, format, int(bits))
-        return Plan(infos, {info.name: ladder(info, format, self.options.deployment_target) for info in infos}, bits)
+        deployment_target, activations = self.options.deployment_target, self.options.activations
+        return Plan(infos, {info.name: ladder(info, format, deployment_target, activations) for info in infos}, bits)
 
 
 def _parts(

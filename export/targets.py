@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from export.compression.ladders import Activations
 from export.errors import UserError
 from export.formats.format import Format
 
@@ -55,8 +56,11 @@ TARGETS = {
 }
 
 
-def load_format(name: str) -> Format:
-    """The format of a name; its libraries are imported only when it is wanted, for they are slow to import."""
+def load_format(name: str, activations: Activations = "float") -> Format:
+    """The format of a name; `activations` are for those that leave the choice (ONNX).
+
+    Its libraries are imported only when it is wanted, for they are slow to import.
+    """
     if name == "coreml":
         from export.formats.coreml import CoreMLFormat
 
@@ -64,7 +68,7 @@ def load_format(name: str) -> Format:
     if name == "onnx":
         from export.formats.onnx import OnnxFormat
 
-        return OnnxFormat()
+        return OnnxFormat(activations=activations)
     from export.formats.executorch import ExecuTorchFormat
 
     return ExecuTorchFormat()

@@ -211,6 +211,7 @@ def _plan(
         calibrate=manifest.recipe.calibrated,
         calibration=calibration if manifest.recipe.calibrated else CalibrationOptions(),
         contract=manifest.contract,
+        activations="int8" if any(entry.activations for entry in entries if entry.format == "onnx") else "float",
         rewrites=Rewrites(**{name: name in manifest.rewrites for name in vars(Rewrites())}),
         formats=tuple(dict.fromkeys(entry.format for entry in entries)),
         components=tuple(dict.fromkeys(entry.name for entry in entries)),
@@ -239,7 +240,7 @@ def _check_weights(bundle: Path, component: Compressed, format: Format, golden: 
 def _floor(entry: ComponentEntry) -> float:
     if entry.precision == "float16":
         return FLOAT16_FLOOR
-    return ROUNDED_FLOOR if entry.format == "executorch" and entry.compressed else FLOAT32_FLOOR
+    return ROUNDED_FLOOR if entry.activations else FLOAT32_FLOOR
 
 
 def _formats(manifest: Manifest, runtimes: tuple[str, ...]) -> set[str]:

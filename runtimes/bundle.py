@@ -128,6 +128,7 @@ class ComponentEntry(_Model):
         default=None, description="Core ML: the units to load it with"
     )
     backend: str | None = Field(default=None, description="ExecuTorch: the delegate it is lowered for")
+    activations: str | None = Field(default=None, description="how the inputs of linears are rounded; null: they are not")
     delegated: float | None = Field(default=None, ge=0, le=1, description="share of the operations that the backend took")
     delegated_floor: float | None = Field(default=None, ge=0, le=1, description="least share accepted")
 

@@ -122,7 +122,8 @@ class Bench:
         for part in self.plan.parts:
             self.bars.step(part.name)
             for module, plan in zip(self.modules[part.name], part.plans[self.format.name], strict=True):
-                found |= weigh(part.name, dict(module.named_parameters()), plan, self.format.name, self.layers(part.name))
+                weights = dict(module.named_parameters())
+                found |= weigh(part.name, weights, plan, self.format.rounding, self.layers(part.name))
         return found
 
     def budget(self, bits: float) -> int:

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 class Attend(nn.Module):
-    """softmax(q k^T / sqrt(d) + bias) v on [1, heads, tokens, d]; bias broadcasts to [1, heads, queries, keys].
+    """softmax(q k^T / sqrt(d) + bias) v: queries, keys and values [1, tokens, heads, d] -> [1, tokens, heads * d].
+
+    bias broadcasts to [1, heads, queries, keys]. Heads stand behind tokens because linears leave them there, so that streams
+    are joined, and every other step is taken, before anything is transposed.
 
     `fused` picks one scaled_dot_product_attention operation (Core ML for iOS 18 has one) instead of matmul, softmax, matmul
     (which every backend has, and XNNPACK and Vulkan delegate). Set it with `use_fused_attention`.
@@ -19,13 +22,14 @@ class Attend(nn.Module):
         self.fused = False
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [1, heads, tokens, d]
         if self.fused:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            return join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=bias))
         # The scale goes on the queries, which are fewer than the logits and keep those small in fp16.
         logits = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
         if bias is not None:
             logits = logits + bias
-        return torch.matmul(torch.softmax(logits, dim=-1), value)
+        return join_heads(torch.matmul(torch.softmax(logits, dim=-1), value))
 
 
 def use_fused_attention(module: nn.Module, fused: bool) -> nn.Module:
@@ -37,9 +41,9 @@ def use_fused_attention(module: nn.Module, fused: bool) -> nn.Module:
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
-    """[1, tokens, heads * d] -> [1, heads, tokens, d]."""
+    """[1, tokens, heads * d] -> [1, tokens, heads, d]."""
     _, tokens, width = states.shape
-    return states.reshape(1, tokens, heads, width // heads).transpose(1, 2)
+    return states.reshape(1, tokens, heads, width // heads)
 
 
 def join_heads(states: Tensor) -> Tensor:

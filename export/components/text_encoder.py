@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from export.components.attention import Attend, join_heads, split_heads
+from export.components.attention import Attend, split_heads
 from export.components.component import Component
 from export.components.config import require
 from runtimes.graph import TensorSpec
@@ -160,7 +160,7 @@ class _SelfAttention(nn.Module):
         query = split_heads(self.q_proj(states), self.heads)
         key = split_heads(self.k_proj(states), self.heads)
         value = split_heads(self.v_proj(states), self.heads)
-        return self.out_proj(join_heads(self.attend(query, key, value, mask)))
+        return self.out_proj(self.attend(query, key, value, mask))
 
 
 class _Mlp(nn.Module):

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from export.components.activation import TanhGelu
-from export.components.attention import Attend, join_heads, split_heads
+from export.components.attention import Attend, split_heads
 from export.components.component import Component, Source
 from export.components.mmdit import TransformerConfig
 from runtimes.graph import TensorSpec
 
-_EPSILON = 1e-6  # of every norm in SD3's transformer
+EPSILON = 1e-6  # of every norm in SD3's transformer
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Transformer(nn.Module):
         self.rows = [config.image_rows(layer) + config.context_rows(layer) for layer in range(first, last)]
         self.finish = last == config.num_layers
         if self.finish:
-            self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=_EPSILON)
+            self.norm = AdaptiveNorm(config.width)
             self.proj_out = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
         self.grid = (layout.height // config.patch_size, layout.width // config.patch_size)
         self.patch = config.patch_size
@@ -68,7 +68,8 @@ class Transformer(nn.Module):
         if not self.finish:
             return image, context
         scale, shift = modulation[:, -2:-1], modulation[:, -1:]
-        return (self.unpatch(self.proj_out(modulate(self.norm(image), shift, scale))),)
+        (normed,) = self.norm(image, (shift, scale))
+        return (self.unpatch(self.proj_out(normed)),)
 
     def unpatch(self, patches: Tensor) -> Tensor:
         """[1, rows * columns, p * p * C] -> [1, C, rows * p, columns * p], with no tensor of more than four axes."""
@@ -86,9 +87,17 @@ def null_bias(layout: Layout, patch: int) -> Tensor | None:
     return bias
 
 
-def modulate(states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part: states [1, tokens, W], shift and scale [1, 1, W]."""
-    return states * (1 + scale) + shift
+class AdaptiveNorm(nn.Module):
+    """Layer norm of [1, tokens, W] with an affine part from outside: norm(x) (1 + scale) + shift for each (shift, scale), both
+    [1, 1, W]. The norm itself is computed once."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON)
+
+    def forward(self, states: Tensor, *affine: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        normed = self.norm(states)
+        return tuple(normed * (1 + scale) + shift for shift, scale in affine)
 
 
 def vectors(rows: Tensor) -> list[Tensor]:
@@ -146,7 +155,7 @@ class _Block(nn.Module):
         self.image_rows = config.image_rows(layer)
         self.dual = config.is_dual(layer)
         self.last = config.is_last(layer)
-        self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=_EPSILON)
+        self.norm = AdaptiveNorm(config.width)
         self.attn = _LastJointAttention(config) if self.last else _JointAttention(config)
         self.ff = _FeedForward(config.width)
         if self.dual:
@@ -157,21 +166,22 @@ class _Block(nn.Module):
     def forward(self, image: Tensor, context: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = vectors(rows[:, : self.image_rows])
         context_rows = vectors(rows[:, self.image_rows :])
-        normed = self.norm(image)
+        normed, *for_attn2 = self.norm(image, (shift, scale), *([(second[0], second[1])] if self.dual else []))
         # The last block's two rows stand the other way round: scale, shift (diffusers' AdaLayerNormContinuous).
         context_shift, context_scale = context_rows[1::-1] if self.last else context_rows[:2]
-        seen = modulate(self.norm(context), context_shift, context_scale)
-        from_image, from_context = self.attn(modulate(normed, shift, scale), seen, bias)
+        (seen,) = self.norm(context, (context_shift, context_scale))
+        from_image, from_context = self.attn(normed, seen, bias)
         image = image + gate * from_image
         if self.dual:
-            shift_2, scale_2, gate_2 = second
-            image = image + gate_2 * self.attn2(modulate(normed, shift_2, scale_2))
-        image = image + gate_ff * self.ff(modulate(self.norm(image), shift_ff, scale_ff))
+            image = image + second[2] * self.attn2(*for_attn2)
+        (normed,) = self.norm(image, (shift_ff, scale_ff))
+        image = image + gate_ff * self.ff(normed)
         if self.last:
             return image, context
         _, _, gate, shift_ff, scale_ff, gate_ff = context_rows
         context = context + gate * from_context
-        context = context + gate_ff * self.ff_context(modulate(self.norm(context), shift_ff, scale_ff))
+        (seen,) = self.norm(context, (shift_ff, scale_ff))
+        context = context + gate_ff * self.ff_context(seen)
         return image, context
 
 
@@ -191,7 +201,7 @@ class _ImageProjections(nn.Module):
         self.attend = Attend()
 
     def project(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [1, heads, tokens, d]."""
+        """Queries, keys and values, each [1, tokens, heads, d]."""
         query = self.norm_q(split_heads(self.to_q(image), self.heads))
         key = self.norm_k(split_heads(self.to_k(image), self.heads))
         return query, key, split_heads(self.to_v(image), self.heads)
@@ -201,7 +211,7 @@ class _SelfAttention(_ImageProjections):
     """Image tokens attend to image tokens: the second attention of dual blocks."""
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.to_out[0](join_heads(self.attend(*self.project(image))))
+        return self.to_out[0](self.attend(*self.project(image)))
 
 
 class _LastJointAttention(_ImageProjections):
@@ -218,10 +228,10 @@ class _LastJointAttention(_ImageProjections):
         query, key, value = self.project(image)
         context_key = self.norm_added_k(split_heads(self.add_k_proj(context), self.heads))
         context_value = split_heads(self.add_v_proj(context), self.heads)
-        return query, torch.cat([key, context_key], dim=2), torch.cat([value, context_value], dim=2)
+        return query, torch.cat([key, context_key], dim=1), torch.cat([value, context_value], dim=1)
 
     def forward(self, image: Tensor, context: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        states = join_heads(self.attend(*self.project_joint(image, context), bias))
+        states = self.attend(*self.project_joint(image, context), bias)
         return self.to_out[0](states), None
 
 
@@ -237,12 +247,12 @@ class _JointAttention(_LastJointAttention):
     def forward(self, image: Tensor, context: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         query, key, value = self.project_joint(image, context)
         context_query = self.norm_added_q(split_heads(self.add_q_proj(context), self.heads))
-        states = join_heads(self.attend(torch.cat([query, context_query], dim=2), key, value, bias))
+        states = self.attend(torch.cat([query, context_query], dim=1), key, value, bias)
         tokens = image.shape[1]
         return self.to_out[0](states[:, :tokens]), self.to_add_out(states[:, tokens:])
 
 
-class _RmsNorm(nn.Module):
+class RmsNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019)."""
 
     def __init__(self, size: int) -> None:
@@ -251,11 +261,11 @@ class _RmsNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         mean = (states * states).mean(dim=-1, keepdim=True)
-        return states * torch.rsqrt(mean + _EPSILON) * self.weight
+        return states * torch.rsqrt(mean + EPSILON) * self.weight
 
 
 def _head_norm(config: TransformerConfig) -> nn.Module:
-    return nn.Identity() if config.qk_norm is None else _RmsNorm(config.attention_head_dim)
+    return nn.Identity() if config.qk_norm is None else RmsNorm(config.attention_head_dim)
 
 
 class _FeedForward(nn.Module):

@@ -170,8 +170,8 @@ class _Attention(nn.Module):
         _, channels, height, width = sample.shape
         states = self.group_norm(sample).reshape(1, channels, height * width).transpose(1, 2)
         # A head axis of one, which every fused attention asks for.
-        query, key, value = (linear(states).unsqueeze(1) for linear in (self.to_q, self.to_k, self.to_v))
-        states = self.to_out[0](self.attend(query, key, value).squeeze(1))
+        query, key, value = (linear(states).unsqueeze(2) for linear in (self.to_q, self.to_k, self.to_v))
+        states = self.to_out[0](self.attend(query, key, value))
         return sample + states.transpose(1, 2).reshape(1, channels, height, width)
 
 

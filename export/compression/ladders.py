@@ -5,25 +5,32 @@ Nothing here goes by a weight's name. What must stay high is found by what its r
 
 from __future__ import annotations
 
+from typing import Literal
+
+from calibration.layers import BLOCKS, block_of
 from export.compression.schemes import SMALL, FloatScheme, IntegerScheme, PaletteScheme, Scheme, WeightInfo
+
+Activations = Literal["float", "int8"]
+"""What enters linears whose weights are integers, where a format leaves the choice."""
 
 GROUP = 16  # output channels that share a palette, where they do
 
 
-def ladder(info: WeightInfo, backend: str, deployment_target: str) -> tuple[Scheme, ...]:
+def ladder(info: WeightInfo, backend: str, deployment_target: str, activations: Activations = "float") -> tuple[Scheme, ...]:
     """The candidates of a weight for a format ("coreml", "onnx", "executorch"), the least bytes first.
 
     Norms, biases and tensors of fewer than `SMALL` values have one: their bytes do not matter. An iPhone on iOS 17 knows no
-    palettes of 3 bits, no groups, no scales and no vectors.
+    palettes of 3 bits, no groups, no scales and no vectors. With int8 activations ONNX Runtime's linears have the blocks that
+    it multiplies fastest.
     """
     if backend == "coreml":
         return _coreml(info, deployment_target)
-    return _onnx(info) if backend == "onnx" else _executorch(info)
+    return _onnx(info, activations) if backend == "onnx" else _executorch(info)
 
 
-def rounds_inputs(info: WeightInfo, scheme: Scheme, backend: str) -> bool:
-    """Whether the backend rounds a layer's inputs to 8 bits a row where its weight is stored so."""
-    return backend == "executorch" and info.kind == "linear" and isinstance(scheme, IntegerScheme)
+def rounds_inputs(info: WeightInfo, scheme: Scheme) -> bool:
+    """Whether a format that rounds inputs at all does so where a weight is stored by the scheme."""
+    return info.kind == "linear" and isinstance(scheme, IntegerScheme)
 
 
 def _coreml(info: WeightInfo, deployment_target: str) -> tuple[Scheme, ...]:
@@ -42,12 +49,13 @@ def _coreml(info: WeightInfo, deployment_target: str) -> tuple[Scheme, ...]:
     return (*palettes, FloatScheme(16))
 
 
-def _onnx(info: WeightInfo) -> tuple[Scheme, ...]:
+def _onnx(info: WeightInfo, activations: Activations) -> tuple[Scheme, ...]:
     if info.kind == "other" or info.count < SMALL:
         return (FloatScheme(32 if info.count < SMALL else 16),)
     if info.kind != "linear":  # convolutions per output channel, embeddings per row
         return IntegerScheme(8), FloatScheme(16)
-    blocks = [IntegerScheme(bits, size) for bits in (4, 8) for size in (128, 64, 32, 16) if info.row % size == 0]
+    sizes = (block_of(info.row),) if activations == "int8" else (128, 64, 32, 16)
+    blocks = [IntegerScheme(bits, size) for bits in (4, 8) for size in sizes if size in BLOCKS and info.row % size == 0]
     return (*blocks, FloatScheme(16))
 
 

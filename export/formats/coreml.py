@@ -41,6 +41,7 @@ with quiet():  # it lists the optional modules that it does not find
     from coremltools.converters.mil.mil.scope import ScopeInfo, ScopeSource
 
 if TYPE_CHECKING:
+    from calibration.statistics import InputRounding
     from export.components.component import Component
 
 # What a reader of the package sees beside each input and output.
@@ -65,6 +66,7 @@ class CoreMLFormat:
     """`<component>.mlpackage`, float32 and int32 at its boundary."""
 
     name: str = "coreml"
+    rounding: InputRounding | None = None
 
     def refuse(self, component: Component, schemes: Mapping[str, Scheme], options: EmitOptions) -> list[str]:
         target = options.deployment_target

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from calibration.statistics import InputRounding
 from export.components.activation import use_spelled_gelu
-from export.compression.compress import mean_bits, with_stored, with_tensors
+from export.compression.compress import mean_bits, with_tensors
 from export.compression.schemes import FloatScheme, PaletteScheme, Scheme, WeightInfo
 from export.compression.stored import IntegerWeight, StoredWeight
 from export.errors import UserError
-from export.formats.format import Artifact, EmitOptions, artifact_files, export_graph, refuse_schemes
+from export.formats.format import Artifact, EmitOptions, artifact_files, export_graph, refuse_schemes, with_rounded_inputs
 from runtimes.executorch import CONTRACT_METHOD
 from runtimes.graph import TensorSpec
 from runtimes.quiet import quiet
@@ -47,18 +48,14 @@ class ExecuTorchFormat:
     """`<component>.pte` for the XNNPACK backend."""
 
     name: str = "executorch"
+    rounding: InputRounding | None = "row"
 
     def refuse(self, component: Component, schemes: Mapping[str, Scheme], options: EmitOptions) -> list[str]:
         return refuse_schemes(component, schemes, _refuse_scheme)
 
     def reference(self, module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
         """Decompressed weights, and the inputs of integer linears rounded to 8 bits a token."""
-        reference = with_stored(module, stored)
-        for name, weight in stored.items():
-            owner = _owner(reference, name)
-            if isinstance(weight, IntegerWeight) and isinstance(owner, nn.Linear):
-                owner.register_forward_pre_hook(_round_input)
-        return reference
+        return with_rounded_inputs(module, stored, lambda _: round_per_token)
 
     def emit(self, component: Component, module: nn.Module, stored: Mapping[str, StoredWeight], folder: Path,
              options: EmitOptions) -> list[Artifact]:
@@ -73,7 +70,8 @@ class ExecuTorchFormat:
         with path.open("wb") as file:
             edge.to_executorch().write_to_file(file)
         files, nbytes = artifact_files(path, folder)
-        details = {"backend": "xnnpack", "floats": "float32", "activations": "int8 a token before integer linears"}
+        details = {"backend": "xnnpack", "floats": "float32"}
+        details["activations"] = "int8 before integer linears, scale and zero point a token"
         return [Artifact(component.name, self.name, path, files, nbytes, mean_bits(stored), component.inputs, component.outputs,
                          delegated, details)]
 
@@ -89,10 +87,6 @@ def round_per_token(states: Tensor) -> Tensor:
     scale = ((high - low) / 255.0).clamp(min=torch.finfo(torch.float32).eps)
     zero = (-128.0 - torch.round(low / scale)).clamp(-128, 127)
     return ((torch.round(states / scale) + zero).clamp(-128, 127) - zero) * scale
-
-
-def _round_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (round_per_token(inputs[0]), *inputs[1:])
 
 
 def _refuse_scheme(name: str, info: WeightInfo, scheme: Scheme) -> str | None:

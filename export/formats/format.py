@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from calibration.statistics import InputRounding
+from export.compression.compress import with_stored
 from export.compression.schemes import Scheme, WeightInfo, weight_infos
-from export.compression.stored import StoredWeight
+from export.compression.stored import IntegerWeight, StoredWeight
 from runtimes.graph import TensorSpec
 
 if TYPE_CHECKING:
@@ -60,6 +62,11 @@ class Format(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def rounding(self) -> InputRounding | None:
+        """How the inputs of linears with integer weights are rounded to 8 bits; None where they are not."""
+        ...
+
     def refuse(self, component: Component, schemes: Mapping[str, Scheme], options: EmitOptions) -> list[str]:
         """Every reason for which the backend would compute wrongly or cannot hold the schemes; empty if there is none."""
         ...
@@ -72,6 +79,25 @@ class Format(Protocol):
              options: EmitOptions) -> list[Artifact]:
         """Writes the component's artifacts into a bundle folder. The same arguments give the same bytes."""
         ...
+
+
+def with_rounded_inputs(
+    module: nn.Module, stored: Mapping[str, StoredWeight], rounded: Callable[[IntegerWeight], Callable[[Tensor], Tensor]]
+) -> nn.Module:
+    """A copy of the module with decompressed weights that rounds the inputs of linears of integer weights.
+
+    `rounded(weight)` is what such a linear does to its input.
+    """
+    reference = with_stored(module, stored)
+    for name, weight in stored.items():
+        owner = reference.get_submodule(name.rpartition(".")[0])
+        if isinstance(weight, IntegerWeight) and isinstance(owner, nn.Linear):
+            owner.register_forward_pre_hook(_before(rounded(weight)))
+    return reference
+
+
+def _before(step: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    return lambda module, inputs: (step(inputs[0]), *inputs[1:])
 
 
 def refuse_schemes(

@@ -16,47 +16,64 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from calibration.statistics import InputRounding
 from export.compression.compress import mean_bits, with_stored
+from export.compression.ladders import Activations
 from export.compression.schemes import IntegerScheme, PaletteScheme, Scheme, WeightInfo
 from export.compression.stored import FloatWeight, IntegerWeight, StoredWeight, pack_bits
 from export.errors import UserError
-from export.formats.format import Artifact, EmitOptions, artifact_files, example_inputs, refuse_schemes
+from export.formats.format import (
+    Artifact,
+    EmitOptions,
+    artifact_files,
+    example_inputs,
+    refuse_schemes,
+    with_rounded_inputs,
+)
+from export.formats.onnx_kernels import MICROSOFT, TRANSLATIONS, use_kernels
 
 if TYPE_CHECKING:
     from export.components.component import Component
 
-OPSET = 18
+OPSET = 20  # the first with Gelu
 MATMUL_BITS = (4, 8)
 MATMUL_BLOCKS = (16, 32, 64, 128, 256)
-_MICROSOFT = "com.microsoft"
+ACCURACY_LEVELS: dict[Activations, int] = {"float": 0, "int8": 4}  # of MatMulNBits
 
 
 @dataclass(frozen=True)
 class OnnxFormat:
     """`<component>/model.onnx` and `model.onnx.data`.
 
-    accuracy_level: 0 keeps float activations in MatMulNBits; 4 lets ONNX Runtime round them to 8 bits, which is faster and
-    costs accuracy that the compressed reference does not contain.
+    activations: "float" keeps the inputs of linears in float32; "int8" has MatMulNBits round them, each block of a row to
+    multiples of its greatest magnitude / 127, and multiply integers. That is faster, and its loss is part of `reference`.
     """
 
     name: str = "onnx"
-    accuracy_level: int = 0
+    activations: Activations = "float"
+
+    @property
+    def rounding(self) -> InputRounding | None:
+        return "block" if self.activations == "int8" else None
 
     def refuse(self, component: Component, schemes: Mapping[str, Scheme], options: EmitOptions) -> list[str]:
         return refuse_schemes(component, schemes, _refuse_scheme)
 
     def reference(self, module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
-        return with_stored(module, stored)
+        if self.rounding is None:
+            return with_stored(module, stored)
+        return with_rounded_inputs(module, stored, lambda weight: lambda states: round_per_block(states, weight.block))
 
     def emit(self, component: Component, module: nn.Module, stored: Mapping[str, StoredWeight], folder: Path,
              options: EmitOptions) -> list[Artifact]:
         with torch.no_grad():
             program = torch.onnx.export(
-                with_stored(module, stored).eval(),
+                traceable(module, stored),
                 example_inputs(component.inputs),
                 dynamo=True,
+                custom_translation_table=TRANSLATIONS,
                 opset_version=OPSET,
                 optimize=False,
                 verbose=False,
@@ -65,8 +82,8 @@ class OnnxFormat:
             )
         assert program is not None
         model = program.model
-        _insert_integers(model.graph, stored, component.name, self.accuracy_level)
-        model.opset_imports[_MICROSOFT] = 1
+        _insert_integers(model.graph, stored, component.name, ACCURACY_LEVELS[self.activations])
+        model.opset_imports[MICROSOFT] = 1
         program.optimize()
         _insert_halves(model.graph, stored)
         _strip(model)
@@ -76,9 +93,24 @@ class OnnxFormat:
         path.mkdir(parents=True)
         ir.save(model, path / "model.onnx", external_data="model.onnx.data")
         files, nbytes = artifact_files(path, folder)
-        details = {"opset": str(OPSET), "accuracy_level": str(self.accuracy_level)}
+        details = {"opset": str(OPSET)}
+        if self.rounding is not None:
+            details["activations"] = "int8 before integer linears, a scale a block of the weight's size in every row"
         return [Artifact(component.name, self.name, path / "model.onnx", files, nbytes, mean_bits(stored), component.inputs,
                          component.outputs, details=details)]
+
+
+def round_per_block(states: Tensor, block: int) -> Tensor:
+    """Each block of the last axis rounded to multiples of its greatest magnitude / 127: MatMulNBits' accuracy level 4."""
+    blocks = states.unflatten(-1, (-1, block))
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    ints = torch.round(blocks * torch.where(largest > 0, 127.0 / largest, 0.0))
+    return (ints * (largest / 127.0)).flatten(-2)
+
+
+def traceable(module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
+    """A copy of the module with the decompressed weights, in the form that ONNX Runtime computes fastest."""
+    return use_kernels(with_stored(module, stored)).eval()
 
 
 def _refuse_scheme(name: str, info: WeightInfo, scheme: Scheme) -> str | None:
@@ -138,7 +170,7 @@ class _Use:
             self.graph.register_initializer(_initializer(name, array))
         return self.graph.initializers[name]
 
-    def insert(self, op_type: str, inputs: list[ir.Value], shape: ir.Shape | None, before: ir.Node,
+    def insert(self, op_type: str, inputs: list[ir.Value | None], shape: ir.Shape | None, before: ir.Node,
                dtype: ir.DataType = ir.DataType.FLOAT, domain: str = "", **attributes: Any) -> ir.Value:
         node = ir.node(op_type, inputs, attributes=attributes, domain=domain)
         node.outputs[0].dtype, node.outputs[0].shape = dtype, shape
@@ -151,7 +183,10 @@ def _transposed(use: _Use) -> None:
     for matmul, index in list(use.node.outputs[0].uses()):
         if matmul.op_type != "MatMul" or index != 1:
             raise UserError(f"{use.name} feeds {matmul.op_type} after a transpose, which takes no integers")
-        _supersede(use.graph, matmul, _matmul_nbits(use, matmul))
+        add, bias = _bias_after(matmul, use.weight.shape[0])
+        _supersede(use.graph, add or matmul, _matmul_nbits(use, matmul, bias))
+        if add is not None:
+            use.graph.remove(matmul, safe=True)
     use.graph.remove(use.node, safe=True)
 
 
@@ -161,15 +196,23 @@ def _gemm(use: _Use) -> None:
     plain = gemm.attributes.get_float("alpha", 1.0) == gemm.attributes.get_float("beta", 1.0) == 1.0
     if use.index != 1 or not plain or gemm.attributes.get_int("transA") or not gemm.attributes.get_int("transB"):
         raise UserError(f"{use.name} feeds a Gemm that is no linear, which takes no integers")
-    product = _matmul_nbits(use, gemm)
-    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
-    if bias is not None:
-        product = use.insert("Add", [product, bias], gemm.outputs[0].shape, gemm)
-    _supersede(use.graph, gemm, product)
+    _supersede(use.graph, gemm, _matmul_nbits(use, gemm, gemm.inputs[2] if len(gemm.inputs) > 2 else None))
 
 
-def _matmul_nbits(use: _Use, node: ir.Node) -> ir.Value:
-    """states @ weight.T: B uint8 [out, blocks, block * bits / 8], scales float32 [out, blocks]."""
+def _bias_after(matmul: ir.Node, outputs: int) -> tuple[ir.Node | None, ir.Value | None]:
+    """The only reader of a product if it adds a constant [outputs], and that constant."""
+    uses = list(matmul.outputs[0].uses())
+    if len(uses) != 1 or uses[0][0].op_type != "Add" or matmul.outputs[0].is_graph_output():
+        return None, None
+    add, index = uses[0]
+    bias = add.inputs[1 - index]
+    if bias is None or not bias.is_initializer() or bias.shape is None or bias.shape.numpy() != (outputs,):
+        return None, None
+    return add, bias
+
+
+def _matmul_nbits(use: _Use, node: ir.Node, bias: ir.Value | None) -> ir.Value:
+    """states @ weight.T + bias: B uint8 [out, blocks, block * bits / 8], scales float32 [out, blocks]."""
     weight = use.weight
     rows, blocks = weight.scales.shape
     # MatMulNBits stores unsigned numbers around the zero point 2**(bits - 1), which it assumes when given none.
@@ -177,12 +220,13 @@ def _matmul_nbits(use: _Use, node: ir.Node) -> ir.Value:
     packed = pack_bits(unsigned, weight.bits).reshape(rows, blocks, -1)
     states = node.inputs[0]
     assert states is not None
+    inputs: list[ir.Value | None] = [states, use.constant("ints", packed), use.constant("scales", weight.scales)]
     return use.insert(
         "MatMulNBits",
-        [states, use.constant("ints", packed), use.constant("scales", weight.scales)],
+        inputs if bias is None else [*inputs, None, None, bias],
         node.outputs[0].shape,
         node,
-        domain=_MICROSOFT,
+        domain=MICROSOFT,
         K=weight.shape[1],
         N=rows,
         bits=weight.bits,

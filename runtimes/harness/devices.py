@@ -82,6 +82,8 @@ _LPDDR5_OF_A16 = 51.2  # GB/s: 6400 million transfers a second over 64 bits
 _M2_RELEASE = "Apple unveils M2, press release of 6 June 2022 (apple.com/newsroom)"
 _M4_RELEASE = "Apple introduces M4 chip, press release of 7 May 2024 (apple.com/newsroom)"
 
+_A18_REPORT = "https://www.gadgets360.com/mobiles/news/apple-iphone-16-series-a18-pro-chipset-details-6530448"
+
 _IPHONE_15_PRO = Figure(8 * GIB, "bytes", _NOT_STATED_BY_APPLE, "https://grokipedia.com/page/Apple_A17")
 _IPHONE_16_PRO = Figure(8 * GIB, "bytes", _NOT_STATED_BY_APPLE, "https://probsee.com/p/apple_a18")
 _IPAD_PRO_M2 = Figure(8 * GIB, "bytes", "the smaller of two versions", "iPad Pro (2022), technical specifications, Apple")
@@ -107,12 +109,12 @@ _A18_PRO = Device(
     "A18 Pro",
     "A18",
     "iPhone 16 Pro",
-    Figure(35, "TOPS", _INT8, f"https://en.wikipedia.org/wiki/Apple_A18; {_INT8_SOURCE}"),
+    Figure(35, "TOPS", _INT8, f"Apple Event of 9 September 2024, as reported by {_A18_REPORT}; {_INT8_SOURCE}"),
     Figure(
         _LPDDR5_OF_A16 * 1.17,
         "GB/s",
         "not stated by Apple as such; 17 % more than before, as Apple says, of the A17 Pro's figure",
-        "https://techmehr.com/2024/09/10/apple-unveils-a18-and-a18-pro-chipsets-for-iphone-16-series/",
+        _A18_REPORT,
     ),
     _IPHONE_16_PRO,
     _apple_limit(_IPHONE_16_PRO),

@@ -13,14 +13,15 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from calibration import layers
-from calibration.layers import SKETCHES, signs
-from calibration.statistics import LayerStatistics, Statistics, load_statistics
+from calibration.layers import SKETCHES, block_of, signs
+from calibration.statistics import InputRounding, LayerStatistics, Statistics, load_statistics
 from export.calibrating import statistics_of
 from export.checkpoint import Checkpoint
 from export.compression.schemes import weight_infos
 from export.families import read_family
 from export.families.family import GraphOptions
 from export.formats.executorch import round_per_token
+from export.formats.onnx import round_per_block
 from export.rewrites import rewrites_of
 from tests.calibration.conftest import GRAPH, PROMPTS, Calibrate
 from tests.calibration.original import Original
@@ -226,16 +227,21 @@ def test_the_damage_of_rounding_a_whole_component_is_foretold(component: str, or
     assert 0.5 < np.exp(np.mean(np.log(ratios))) < 2
 
 
+@pytest.mark.parametrize("by", ["row", "block"])
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "transformer"])
 def test_the_damage_of_rounding_the_inputs_of_linears_is_foretold(
-    component: str, original: Original, eight: Statistics
+    component: str, by: InputRounding, original: Original, eight: Statistics
 ) -> None:
+    def rounded(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states = given[0]
+        return (round_per_token(states) if by == "row" else round_per_block(states, block_of(states.shape[-1])),)
+
     module = getattr(original.reference, component)
     linears = {f"{name}.weight": part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     names = [name for name in linears if name in eight.places[component]]
-    foretold = sum(eight.layer(component, name).input_rounding(linears[name].weight.detach().numpy()) for name in names)
+    foretold = sum(eight.layer(component, name).input_rounding(linears[name].weight.detach().numpy(), by) for name in names)
     before = original.latents(PROMPTS).astype(np.float64)
-    hooks = [linears[name].register_forward_pre_hook(lambda _, given: (round_per_token(given[0]),)) for name in names]
+    hooks = [linears[name].register_forward_pre_hook(rounded) for name in names]
     after = original.latents(PROMPTS)
     for hook in hooks:
         hook.remove()
@@ -243,7 +249,7 @@ def test_the_damage_of_rounding_the_inputs_of_linears_is_foretold(
     assert 1 / 2.5 < foretold / measured < 2.5
     for name in ("text_model.embeddings.token_embedding.weight", "decoder.conv_in.weight"):
         owner = "vae_decoder" if name.startswith("decoder") else "text_encoder"
-        assert eight.layer(owner, name).input_rounding(original.weight(owner, name).detach().numpy()) == 0
+        assert eight.layer(owner, name).input_rounding(original.weight(owner, name).detach().numpy(), by) == 0
 
 
 def test_every_layer_of_either_contract_has_statistics_of_its_width(checkpoint: Checkpoint, two: Statistics) -> None:

@@ -73,7 +73,7 @@ def stored_by_plan(component: Component, module: nn.Module, backend: str, bits: 
 
 def stored_by(plan: schemes.Plan, module: nn.Module, backend: str) -> dict[str, StoredWeight]:
     """A plan carried out within its mean bits."""
-    weighed = weigh("component", dict(module.named_parameters()), plan, backend)
+    weighed = weigh("component", dict(module.named_parameters()), plan, None)
     chosen = allocate(weighed, plan.expected_bytes() - plan.settled_bytes) if weighed else {}
     recipe = {**plan.settled, **{name: candidate.scheme for (_, name), candidate in chosen.items()}}
     return round_weights(dict(module.named_parameters()), recipe)

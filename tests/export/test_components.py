@@ -17,12 +17,13 @@ from export.components.attention import use_fused_attention
 from export.components.component import Component
 from export.components.mmdit import TransformerConfig
 from export.components.text_encoder import TextEncoder, TextEncoderConfig
-from export.components.transformer import chunk_ranges
+from export.components.transformer import AdaptiveNorm, RmsNorm, chunk_ranges
 from export.components.vae_decoder import VaeConfig
 from export.errors import UserError
 from export.families import read_family
 from export.families.family import Family, GraphOptions
 from export.families.sd3 import Sd3
+from export.formats.onnx_kernels import use_kernels
 from export.rewrites import Rewrites, rewrites_of
 from tests.models import SD3, SD35, Reference, TinyModel, load_reference, random_ids, write_checkpoint
 
@@ -138,6 +139,29 @@ def test_whole_transformer_equals_diffusers(tiny: Tiny, width: int, height: int,
         assert_close(found, tiny.reference.transformer(*inputs).sample)
     assert [spec.name for spec in part.inputs] == ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"]
     assert [spec.name for spec in part.outputs] == ["out_hidden_states"]
+
+
+@pytest.mark.parametrize(("width", "height"), SHAPES)
+def test_whole_transformer_in_onnx_runtime_s_forms_equals_diffusers(tiny: Tiny, width: int, height: int) -> None:
+    part = component(tiny.family, "transformer", GraphOptions(width, height, SIGMAS, "diffusers", rewrites_of("diffusers")))
+    module = use_kernels(part.load(tiny.checkpoint))
+    assert not any(isinstance(child, (AdaptiveNorm, RmsNorm)) for child in module.modules())
+    torch.manual_seed(1)
+    latent, prompt, pooled, _ = (torch.randn(spec.shape) for spec in part.inputs)
+    inputs = (latent, prompt, pooled, torch.tensor([602.25]))
+    (found,) = assert_contract(part, module, inputs)
+    assert_close(found, tiny.reference.transformer(*inputs).sample)
+
+
+@pytest.mark.parametrize("name", ["transformer", "text_encoder", "vae_decoder"])
+def test_components_in_onnx_runtime_s_forms_equal_themselves(tiny: Tiny, name: str) -> None:
+    """The transformer's attention has the bias of the folded null tokens here, a text encoder's a mask."""
+    part = component(tiny.family, name)
+    torch.manual_seed(3)
+    inputs = tuple(random_ids(tiny.model, 3) if s.dtype.startswith("int") else torch.randn(s.shape) for s in part.inputs)
+    found = use_kernels(part.load(tiny.checkpoint))(*inputs)
+    for value, wanted in zip(found, part.load(tiny.checkpoint)(*inputs), strict=True):
+        assert_close(value, wanted)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

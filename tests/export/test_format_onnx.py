@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import Tensor, nn
 
 from export.components.component import Component
+from export.compression.ladders import ladder
 from export.compression.rounding import round_weights
-from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, weight_infos
+from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, WeightInfo, weight_infos
 from export.compression.stored import IntegerWeight
 from export.errors import UserError
 from export.formats.format import EmitOptions
-from export.formats.onnx import OnnxFormat
+from export.formats.onnx import OnnxFormat, round_per_block
+from runtimes.graph import TensorSpec
 from runtimes.onnx import load
 from tests.export.small_components import (
     conditioner,
@@ -23,6 +27,7 @@ from tests.export.small_components import (
     denoiser,
     encoder,
     encoder_with_all_states,
+    psnr,
     real_inputs,
     run,
     seeded,
@@ -75,6 +80,69 @@ def test_image_decoder_equals_its_compressed_reference(bits: int, tmp_path: Path
     reference = run(component, FORMAT.reference(module, stored), inputs)
     assert worst_psnr(reference, load(artifact.path, threads=1)(inputs)) >= 80
     assert ("DequantizeLinear" in operations(artifact.path)) == (bits == 8)
+
+
+@pytest.mark.parametrize("make", [encoder, denoiser, conditioner])
+def test_int8_activations_are_in_the_compressed_reference(make: Callable[[], Component], tmp_path: Path) -> None:
+    component = make()
+    module = seeded(component)
+    fast = OnnxFormat(activations="int8")
+    stored = stored_by_plan(component, module, "onnx", 8)
+    (artifact,) = fast.emit(component, module, stored, tmp_path, OPTIONS)
+    inputs = real_inputs(component)
+    made = load(artifact.path, threads=1)(inputs)
+    with_rounding = worst_psnr(run(component, fast.reference(module, stored), inputs), made)
+    without = worst_psnr(run(component, FORMAT.reference(module, stored), inputs), made)
+    assert with_rounding >= 45 and with_rounding >= without + 3, (with_rounding, without)
+    assert "int8" in artifact.details["activations"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [16, 64, 256])
+def test_onnx_runtime_rounds_the_inputs_of_a_linear_by_blocks_as_we_do(bits: int, block: int, tmp_path: Path) -> None:
+    spec = TensorSpec("x", "float32", (1, 7, 512))
+    component = Component("linear", "linear", (spec,), (TensorSpec("y", "float32", (1, 7, 48)),), _Linear)
+    module = seeded(component)
+    stored = round_weights(dict(module.named_parameters()), {"linear.weight": IntegerScheme(bits, block)})
+    (artifact,) = OnnxFormat(activations="int8").emit(component, module, stored, tmp_path, OPTIONS)
+    assert operations(artifact.path) == ["MatMulNBits"]  # the bias is inside
+    generator = np.random.default_rng(0)
+    x = (generator.standard_normal(spec.shape) * np.exp(generator.standard_normal((1, 7, 1)))).astype(np.float32)
+    x[0, 3] = 0.0
+    made = load(artifact.path, threads=1)({"x": x})["y"]
+    blocks = x.astype(np.float64).reshape(7, -1, block)
+    scales = np.abs(blocks).max(axis=2, keepdims=True) / 127
+    rounded = (np.rint(np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)) * scales).reshape(7, 512)
+    bias = module.get_parameter("linear.bias").numpy()
+    expected = rounded @ stored["linear.weight"].dequantize().T.astype(np.float64) + bias
+    assert psnr(expected, made[0]) >= 100
+    np.testing.assert_allclose(round_per_block(torch.from_numpy(x), block).numpy()[0], rounded, rtol=1e-6, atol=1e-7)
+    assert psnr(x[0].astype(np.float64) @ stored["linear.weight"].dequantize().T + bias, made[0]) < 75  # what rounding does
+
+
+class _Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(512, 48)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.linear(x),)
+
+
+def test_attention_without_a_mask_is_one_operation(tmp_path: Path) -> None:
+    component = denoiser()
+    module = seeded(component)
+    (artifact,) = FORMAT.emit(component, module, stored_by_plan(component, module, "onnx", 8), tmp_path, OPTIONS)
+    kinds = operations(artifact.path)
+    assert kinds.count("MultiHeadAttention") == 3 and "Softmax" not in kinds  # two joint attentions and the dual one
+    assert kinds.count("Gelu") == 3 and "Tanh" not in kinds
+
+
+def test_with_int8_activations_linears_have_the_largest_blocks_alone() -> None:
+    wide, narrow = WeightInfo("a.weight", (64, 1536), "linear"), WeightInfo("b.weight", (512, 192), "linear")
+    assert ladder(wide, "onnx", "iOS18", "int8") == (IntegerScheme(4, 256), IntegerScheme(8, 256), FloatScheme(16))
+    assert ladder(narrow, "onnx", "iOS18", "int8") == (IntegerScheme(4, 64), IntegerScheme(8, 64), FloatScheme(16))
+    assert IntegerScheme(8, 16) in ladder(wide, "onnx", "iOS18")
 
 
 def test_every_output_of_the_diffusers_contract_keeps_its_name_and_place(tmp_path: Path) -> None:

@@ -140,6 +140,9 @@ class _Reader:
             self._shape(node, operands[0])
             states = self.listing.values[operands[0]]
             self.listing.values[results[0]] = Value((*states.shape[:-1], _attribute(node, "N", 0)), states.bits)
+        if (node.domain, node.op_type) == (_MICROSOFT, "MultiHeadAttention"):  # likewise
+            query, value = (self._shape(node, name) for name in (operands[0], operands[-1]))
+            self.listing.values[results[0]] = Value((*query[:-1], value[-1]), self.listing.values[operands[0]].bits)
         for name in (*operands, *results):
             self._shape(node, name)
         kind = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
@@ -166,6 +169,8 @@ class _Reader:
                     raise GraphError(f"{_label(node)} cannot be counted: {error}") from error
             case ("", "Attention") if len(shapes[0]) == 4:
                 return attention_macs(*shapes[:3])
+            case (domain, "MultiHeadAttention") if domain == _MICROSOFT and [len(shape) for shape in shapes] == [3, 3, 3]:
+                return attention_macs(*(_by_head(shape, _attribute(node, "num_heads", 1)) for shape in shapes))
             case (domain, "MatMulNBits") if domain == _MICROSOFT:
                 return product_macs(result, _attribute(node, "K", 0))
             case _:
@@ -175,6 +180,12 @@ class _Reader:
         if name not in self.listing.values:
             raise GraphError(f"{_label(node)} has a tensor {name!r} of no fixed shape, which cannot be counted")
         return self.listing.values[name].shape
+
+
+def _by_head(shape: tuple[int, ...], heads: int) -> tuple[int, ...]:
+    """[1, tokens, heads * d] -> [1, heads, tokens, d]."""
+    batch, tokens, width = shape
+    return batch, heads, tokens, width // heads
 
 
 def _attribute(node: Any, name: str, default: Any) -> Any:

@@ -180,6 +180,18 @@ def test_compressed_weights_count_as_they_are_stored(format: str, scheme: Scheme
     assert cost.stored_bytes == cost.weight_bytes == weight.nbytes + 48 * WEIGHT_BYTES[format]
 
 
+def test_multi_head_attention_counts_both_of_its_products(tmp_path: Path) -> None:
+    tokens, others, heads, size, value = 3, 5, 2, 9, 8
+    shapes = {"q": (1, tokens, heads * size), "k": (1, others, heads * size), "v": (1, others, heads * value)}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, tokens, heads * value))
+    node = helper.make_node("MultiHeadAttention", [*shapes], ["y"], domain="com.microsoft", num_heads=heads)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    path = tmp_path / "attention.onnx"
+    onnx.save(helper.make_model(helper.make_graph([node], "g", inputs, [output]), opset_imports=opsets), str(path))
+    assert artifact_cost(path, "onnx").macs == heads * tokens * others * (size + value)
+
+
 def test_tensors_that_share_what_is_stored_take_it_once_and_read_it_each() -> None:
     listing = Listing(
         steps=[Step("a", "mul", 0, ("x", "w"), ("a",)), Step("b", "mul", 0, ("a", "v"), ("b",))],
