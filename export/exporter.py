@@ -18,7 +18,7 @@ from pathlib import Path
 from calibration.prompts import golden_prompts
 from calibration.statistics import Statistics
 from export.choosing import recipe_file, settle, with_measured
-from export.compressing import Compressed, compress, contract_of, statistics_for
+from export.compressing import Compressed, Trials, compress, contract_of, statistics_for
 from export.compression.recipe import FormatRecipe
 from export.describing import TOOLS, component_entry, make_manifest, make_recipe_entry, scheme_uses
 from export.diffusers_layout import write_layout
@@ -111,6 +111,10 @@ class _Export:
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder)
+        # A bundle of some components draws nothing: what its weights cost is seen by their compressed references.
+        partial = self.plan.exported != {part.name for part in self.plan.parts}
+        prompts = golden_prompts(self.plan.checkpoint.flash, self.plan.measured_prompts)
+        self.trials = Trials(self.plan, prompts) if partial and self.plan.check == "pictures" else None
 
     @cached_property
     def statistics(self) -> Statistics | None:
@@ -137,6 +141,8 @@ class _Export:
         write_manifest(self.folder, manifest)
         report = self._verify(manifest)
         losses = {format: _loss(drawn, drawings) for format, drawn in self.drawn.items()}
+        if self.trials is not None:
+            losses = self.trials.losses()
         others = (*others, self._write_recipe(with_measured(recipes, losses)), *self._pictures())
         finished: dict[str, object] = {
             "recipe": make_recipe_entry(self.plan, recipes, losses, uses),
@@ -207,7 +213,7 @@ class _Export:
 
     def _component(self, part: Part, recipes: Mapping[str, FormatRecipe], recorder: Recorder) -> _Made:
         found = self.journal.recall(part.name)
-        if found is None:
+        if found is None or self.trials is not None:
             return self._make_component(part, recipes, recorder)
         for _ in range(2 * len(self.plan.formats) + 1):
             self.progress.step(f"{part.name}: {FINISHED}")
@@ -226,6 +232,8 @@ class _Export:
         references = {format.name: component.references(format) for format in plan.formats}
         cases = recorder.record(part.name, component.original, {name: found for name, found in references.items() if found})
         golden = write_cases(self.folder, part.name, cases)
+        if self.trials is not None:
+            self.trials.advance(component, references)
         paths, entries, uses = [golden.path], list[ComponentEntry](), list[SchemeUse]()
         for format in plan.formats:
             progress.step(f"{part.name}: {format.name}")

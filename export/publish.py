@@ -318,8 +318,10 @@ def _newest(home: Path | None) -> Path | None:
 
 def _shown(path: Path | None, place: Path, home: Path | None) -> Path:
     """A file of the bundle in work, by the name that it was to get."""
-    if path is None or home is None or not path.is_relative_to(home / BUNDLE):
+    if path is None or home is None or not path.is_relative_to(home):
         return path or place
+    if not path.is_relative_to(home / BUNDLE):
+        return place
     return place / path.relative_to(home / BUNDLE)
 
 
