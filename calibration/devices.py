@@ -17,5 +17,5 @@ def choose_device(name: str | None) -> torch.device:
     """The device of that name (cpu, cuda or mps), or the fastest there is. Raises `CalibrationError` for one that is not."""
     there = available_devices()
     if name is not None and name not in there:
-        raise CalibrationError(f"--device {name} is not available on this computer; choose from {', '.join(there)}")
+        raise CalibrationError(f"--calibration-device {name} is not available on this computer; choose from {', '.join(there)}")
     return torch.device(name or there[0])

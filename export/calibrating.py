@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from calibration.devices import choose_device
 from calibration.errors import CalibrationError
@@ -58,8 +59,8 @@ def calibrate(
     They are those of contract "flash", which serve the other as well: see `statistics_of`. `fingerprint` is the checkpoint's,
     where it is known already. Raises `UserError`.
     """
+    device = device_of(options)
     try:
-        device = choose_device(options.device)
         prompts = read_prompts(options.prompts) if options.prompts else calibration_prompts(checkpoint.flash)[: options.count]
         shape = family.latent_shape(graph)[1:]
         images = read_latents(options.images, shape, len(prompts)) if options.images else None
@@ -68,6 +69,14 @@ def calibrate(
         subject = Subject(fingerprint or checkpoint.fingerprint(), prompts, graph.sigmas, (graph.width, graph.height))
         return gather(trajectory, subject, options.cache or default_cache(), device, progress)
     except (CalibrationError, TokenizerError) as error:
+        raise UserError(str(error)) from error
+
+
+def device_of(options: CalibrationOptions) -> torch.device:
+    """Where to calibrate. Raises `UserError` for a device that is not there."""
+    try:
+        return choose_device(options.device)
+    except CalibrationError as error:
         raise UserError(str(error)) from error
 
 

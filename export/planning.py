@@ -9,7 +9,7 @@ from typing import Literal
 
 from calibration.prompts import read_prompts
 from export.budgets import Budget, check_uncalibrated, choose_budget
-from export.calibrating import CalibrationOptions
+from export.calibrating import CalibrationOptions, device_of
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.components.component import Component, check_weights
 from export.compression.ladders import Activations, ladder
@@ -153,6 +153,7 @@ def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
                         "here; leave it out")
     formats = tuple(load_format(name, options.activations) for name in names)
     recipe, budget = _asked(target, options)
+    device_of(options.calibration)
     checkpoint = open_checkpoint(options.model, options.tokenizer, options.loras)
     family = read_family(checkpoint)
     sigmas = choose_sigmas(checkpoint, options.steps, options.sigmas)

@@ -166,7 +166,7 @@ def test_images_that_do_not_fit_are_one_line(case: Refused, run: Calibrate, tmp_
 
 @pytest.mark.parametrize("device", ["mps", "tpu"])
 def test_a_device_that_is_not_there_is_refused_by_name(device: str, run: Calibrate, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"--device {device} is not available on this computer; choose from .*cpu"):
+    with pytest.raises(UserError, match=rf"--calibration-device {device} is not available on this computer; choose from .*cpu"):
         run(1, tmp_path, device=device)
 
 

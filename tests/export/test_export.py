@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,11 +74,24 @@ def test_compressed_bundles_pass_every_gate_and_are_smaller(
     assert transformers and all(entry.bits < 16 for entry in transformers)
 
 
-def test_two_exports_have_the_same_bytes(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for name in ("first", "second"):
-        assert export(capfd, checkpoint, tmp_path / name, "--target", "ios", "--component", "text_encoder")[0] == 0
-    first, second = (_files(tmp_path / name / "ios") for name in ("first", "second"))
-    assert first == second
+def test_two_whole_exports_each_with_its_own_calibration_have_the_same_bytes(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in this process, which has converted before; one in a fresh process that hashes strings to other numbers."""
+    (tmp_path / "prompts.txt").write_text("the red circle\non and on and the red\n", encoding="utf-8")
+    flags = ("--target", "all", "--resolution", "64x64", "--steps", 2, "--calibration-prompts", tmp_path / "prompts.txt")
+    monkeypatch.setenv("EXPORT_FLASH_CACHE", str(tmp_path / "one"))
+    code, shown = export(capfd, checkpoint, tmp_path / "first", *flags)
+    assert code == 0, shown
+    arguments = [str(argument) for argument in ("--model", checkpoint, "--out", tmp_path / "second", *flags)]
+    environment = {**os.environ, "EXPORT_FLASH_CACHE": str(tmp_path / "other"), "PYTHONHASHSEED": "7"}
+    program = "import sys; from export.cli import main; main(sys.argv[1:])"
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for target in ("ios", "android"):
+        first, second = (_files(tmp_path / name / target) for name in ("first", "second"))
+        assert first.keys() == second.keys()
+        assert [name for name in first if first[name] != second[name]] == []
 
 
 def test_a_chunked_transformer_and_another_shape_work(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
