@@ -15,7 +15,7 @@ from safetensors import SafetensorError  # noqa: E402
 
 from distill import stages  # noqa: E402
 from distill.loop import Run, RunError, cannot_write, refusal  # noqa: E402
-from distill.settings import FULL, SMOKE  # noqa: E402
+from distill.settings import CONTINUED, FULL, SMOKE  # noqa: E402
 
 logging.disable(logging.NOTSET)
 
@@ -28,15 +28,23 @@ logging.disable(logging.NOTSET)
 @click.option(
     "--out", type=click.Path(path_type=Path), default=None, help="Where `evaluate` writes the checkpoint [RUN/flash-mini]."
 )
+@click.option(
+    "--from",
+    "start",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=None,
+    help="A finished checkpoint to begin at: its autoencoder and text encoders stay, the teacher begins at its transformer.",
+)
 @click.option("--seed", default=0, help="Seed of everything random.")
 @click.option("--smoke", is_flag=True, help="A few steps of every stage, to see that all of it runs.")
 @click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", help="auto: a GPU where there is one.")
-def main(stage: str, folder: Path, out: Path | None, seed: int, smoke: bool, device: str) -> None:
+def main(stage: str, folder: Path, out: Path | None, start: Path | None, seed: int, smoke: bool, device: str) -> None:
     """Trains and distills flash-mini: autoencoder, text, teacher, student, evaluate, or all of them in order."""
     accelerator = Accelerator(mixed_precision="bf16", cpu=device == "cpu" or not torch.cuda.is_available())
-    run = Run(folder, seed, accelerator, save_seconds=120)
-    settings = SMOKE if smoke else FULL
+    run = Run(folder, seed, accelerator, save_seconds=120, start=start)
+    settings = SMOKE if smoke else FULL if start is None else CONTINUED
     try:
+        run.check_start()
         for name in stages.STAGES if stage == "all" else (stage,):
             stages.STAGES[name](run, settings, out or folder / "flash-mini")
     except (OSError, SafetensorError) as error:

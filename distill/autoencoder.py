@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,6 +63,9 @@ def to_tensor(pictures: list[np.ndarray]) -> Tensor:
 
 def fit(run: Run, settings: Settings) -> AutoencoderKL:
     """Trains the autoencoder (or goes on where it stopped) and measures its scaling and shift factors."""
+    if run.start is not None:
+        finished = AutoencoderKL.from_pretrained(run.start / "vae", torch_dtype=torch.float32)
+        return finished.to(run.accelerator.device).eval().requires_grad_(False)
     torch.manual_seed(run.seed)
     device = run.accelerator.device
     vae = build(settings).to(device, memory_format=torch.channels_last)
@@ -170,7 +172,3 @@ def _measure(vae: AutoencoderKL, settings: Settings, seed: int) -> dict[str, flo
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     latents = torch.cat([encode(vae, draw(rng, 32)) for _ in range(settings.measure_batches)])
     return {"shift_factor": latents.mean().item(), "scaling_factor": 1 / latents.std().item()}
-
-
-def save(vae: AutoencoderKL, folder: Path) -> None:
-    vae.half().save_pretrained(folder / "vae", safe_serialization=True)

@@ -63,7 +63,7 @@ def evaluate(
     Image.fromarray(np.concatenate(strips, 0)).save(run.folder / "grid.png")
     _print(f"{len(cases)} held-out captions", _overall(scores))
     _print("adherence by kind of caption", _by_kind(scores))
-    card = _card(settings, vae, student, scores, description)
+    card = write_card(settings, vae, student, scores, description, continued=run.start is not None)
     checkpoint.write(out, student, vae, text, card)
     Image.fromarray(np.concatenate(strips, 0)).save(out / "grid.png", optimize=True)
     return scores
@@ -96,9 +96,15 @@ def _markdown(cells: Cells) -> str:
     return "\n".join([header, "|" + "---|" * len(cells[0]), *rows])
 
 
-def _card(
-    settings: Settings, vae: AutoencoderKL, student: SD3Transformer2DModel, scores: dict[str, Score], description: str
+def write_card(
+    settings: Settings,
+    vae: AutoencoderKL,
+    student: SD3Transformer2DModel,
+    scores: dict[str, Score],
+    description: str,
+    continued: bool,
 ) -> str:
+    """The model card. continued: the teacher began at an earlier checkpoint."""
     ablations = {
         name.removeprefix(ABLATION).removesuffix(", 4 steps"): score
         for name, score in scores.items()
@@ -115,6 +121,7 @@ def _card(
         held_out=settings.evaluation_captions,
         psnr=f"{reconstruction_psnr(vae, [render(scene) for scene, _ in held_out()[:128]]):.1f}",
         settings=settings,
+        continued=continued,
         student=description,
         overall=_markdown(_overall({name: score for name, score in scores.items() if not name.startswith(ABLATION)})),
         by_kind=_markdown(_by_kind(scores)),

@@ -49,6 +49,18 @@ class Run:
     seed: int
     accelerator: Accelerator
     save_seconds: float = 120.0
+    # An earlier checkpoint: its autoencoder and text encoders stay, its transformer is where the teacher begins.
+    start: Path | None = None
+
+    def check_start(self) -> None:
+        """Keeps in RUN/start.json where a run begins; raises `RunError` where it began elsewhere."""
+        path, begins = self.folder / "start.json", None if self.start is None else str(self.start.resolve())
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(begins) + "\n")
+        elif (began := json.loads(path.read_text())) != begins:
+            way = "without --from" if began is None else f"with --from {began}"
+            raise RunError(f"{self.folder} was begun {way}; go on in the same way, or choose another --run")
 
     def generator(self, stage: str, step: int) -> torch.Generator:
         """The random numbers of one step of one stage, on the CPU, different in each process."""

@@ -36,7 +36,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "mint": (200, 238, 220),
     "sky": (196, 222, 248),
 }
-RADII: dict[str, tuple[float, float]] = {"small": (14.0, 17.0), "large": (24.0, 28.0)}  # px, centre to tip
+RADII: dict[str, tuple[float, float]] = {"small": (16.5, 19.0), "large": (25.0, 28.0)}  # px, centre to tip
 RELATIONS = ("left of", "right of", "above", "below", "in front of")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Where a lone object may stand: name -> (column, row) in units of 29 px from the centre.
@@ -86,8 +86,11 @@ class Scene:
         return (t.colour, t.shape, t.size, "outlined" if t.outlined else "filled")
 
 
-def sample_scene(rng: np.random.Generator, pair_share: float = 0.6) -> Scene:
-    """A random scene; two things with probability `pair_share`. The things of a pair differ in colour."""
+def sample_scene(rng: np.random.Generator, pair_share: float = 0.65, front_share: float = 0.3) -> Scene:
+    """A random scene: two things with probability `pair_share`, one of them in front of the other in `front_share` of those.
+
+    The things of a pair differ in colour. What stands in front is shown more often than any other relation: it is harder.
+    """
     background = _sample_background(rng)
     if rng.random() >= pair_share:
         position = str(rng.choice(tuple(POSITIONS)))
@@ -95,14 +98,14 @@ def sample_scene(rng: np.random.Generator, pair_share: float = 0.6) -> Scene:
         column, row = POSITIONS[position]
         return Scene((_place(rng, thing, 64 + 29 * column, 64 + 29 * row),), None, position, background)
     first, second = (str(c) for c in rng.choice(tuple(COLOURS), 2, replace=False))
-    relation = _choice(rng, RELATIONS)
+    relation = "in front of" if rng.random() < front_share else _choice(rng, tuple(INVERSE))
     if relation == "in front of":
-        # The one in front is small or large, the one behind large: both stay recognisable.
+        # The one in front is small and stands lower, as nearer things do; the one behind is large: both stay recognisable.
         front = _sample_thing(rng, first, "small", outlined=False)
         back = _sample_thing(rng, second, "large", outlined=False)
-        angle = rng.uniform(0, 2 * math.pi)
+        angle = rng.uniform(0.15 * math.pi, 0.85 * math.pi)  # y points down
         centre_x, centre_y = 64 + rng.uniform(-10, 10), 64 + rng.uniform(-10, 10)
-        reach = back.radius * rng.uniform(0.65, 0.9)
+        reach = back.radius * rng.uniform(0.7, 0.9)
         return Scene(
             (
                 _place(rng, front, centre_x + reach * math.cos(angle), centre_y + reach * math.sin(angle)),
@@ -146,7 +149,7 @@ def shape_mask(shape: str, outlined: bool, x: float, y: float, radius: float) ->
     side = (2 * reach + 1) * OVERSAMPLE
     image = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(image)
-    stroke = max(0.22 * radius, 3.2) / radius if outlined else 0.0
+    stroke = max(0.22 * radius, 4.2) / radius if outlined else 0.0
     for inset, value in ((0.0, 255), (stroke, 0)) if outlined else ((0.0, 255),):
         points = outline(shape, inset) * radius + (x - left + 0.5, y - upper + 0.5)
         draw.polygon([tuple(p) for p in (points * OVERSAMPLE).tolist()], fill=value)

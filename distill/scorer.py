@@ -22,7 +22,7 @@ from distill.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZE, outlin
 
 MIN_AREA = 40  # px; smaller regions are specks
 MIN_OVERLAP = 0.62  # intersection over union below which a region is no shape at all
-SMALL_BELOW = 20.5  # px of radius, midway between the sizes that scenes draw
+SMALL_BELOW = 22.0  # px of radius, midway between the sizes that scenes draw
 _LIGHTS = np.linspace(0.82, 1.18, 9, dtype=np.float32)
 _SHADOWS = np.linspace(0.76, 1.0, 5, dtype=np.float32)
 
@@ -179,7 +179,7 @@ def _name_shape(colour: str, mask: np.ndarray, hidden: np.ndarray | None) -> See
 def _radii(shape: str, reach: float, partly_hidden: bool) -> list[float]:
     """Radii in px at which a region that reaches so far from its middle may be this shape."""
     if partly_hidden and reach > 16:
-        return np.arange(22.0, 30.1, 1.0).tolist()
+        return np.arange(23.0, 30.1, 1.0).tolist()
     middle = reach / float(np.ptp(outline(shape, 0.0), axis=0).max() / 2)
     return sorted({round(2 * middle * share) / 2 for share in (0.94, 0.97, 1.0, 1.03, 1.06)})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Settings:
     text_rate: float = 1e-3
     vocabulary_captions: int = 20000
     joint_dim: int = 384  # wider than both encoders together, so that the padding on channels is real
-    scenes: int = 24 * 1024
+    scenes: int = 32 * 1024
     layers: int = 6
     heads: int = 3  # of width 64
     dual_layers: int = 3  # the first ones, as in SD3.5-Medium
@@ -53,6 +53,8 @@ class Settings:
 
 
 FULL = Settings()
+# Of a run that begins at an earlier checkpoint: its transformer knows the captions already.
+CONTINUED = replace(FULL, teacher_steps=1800, trajectory_steps=600, matching_iterations=300)
 SMOKE = Settings(
     vae_channels=(8, 8, 16, 16),
     vae_steps=3,

@@ -55,10 +55,14 @@ class TeacherStep(nn.Module):
 
 
 def fit(run: Run, settings: Settings, data: Data, text: TextEncoders) -> SD3Transformer2DModel:
-    """Trains the teacher, or goes on where it stopped."""
+    """Trains the teacher, or goes on where it stopped. With `run.start` it begins at that checkpoint's transformer."""
     torch.manual_seed(run.seed + 2)
     device = run.accelerator.device
-    step_module = TeacherStep(settings).to(device)
+    step_module = TeacherStep(settings)
+    if run.start is not None:
+        begun = SD3Transformer2DModel.from_pretrained(run.start / "transformer", torch_dtype=torch.float32)
+        step_module.transformer.load_state_dict(begun.state_dict())
+    step_module.to(device)
     half = HalfCopy(step_module, run.accelerator)
     matrices, rest = split_parameters(
         step_module, adam=("pos_embed", "proj_out", "layout", "norm1", "norm_out", "time_text_embed")

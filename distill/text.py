@@ -61,6 +61,8 @@ class TextEncoders:
 
 def fit(run: Run, settings: Settings) -> TextEncoders:
     """Trains tokenizers and encoders, or goes on where they stopped."""
+    if run.start is not None:
+        return load(run.start, settings, run.accelerator.device)
     torch.manual_seed(run.seed + 1)
     device = run.accelerator.device
     tokenizers = make_tokenizers(run, settings)
@@ -199,7 +201,11 @@ def _seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (1,), generator=generator))
 
 
-def save(text: TextEncoders, folder: Path) -> None:
-    for suffix, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=True):
-        tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
-        encoder.half().save_pretrained(folder / f"text_encoder{suffix}", safe_serialization=True)
+def load(checkpoint: Path, settings: Settings, device: torch.device) -> TextEncoders:
+    """The tokenizers and encoders of a finished checkpoint."""
+    tokenizers, encoders = [], []
+    for suffix in ("", "_2"):
+        tokenizers.append(CLIPTokenizer.from_pretrained(str(checkpoint / f"tokenizer{suffix}")))
+        encoder = CLIPTextModelWithProjection.from_pretrained(checkpoint / f"text_encoder{suffix}", dtype=torch.float32)
+        encoders.append(encoder.to(device).eval().requires_grad_(False))
+    return TextEncoders((tokenizers[0], tokenizers[1]), (encoders[0], encoders[1]), settings.joint_dim)

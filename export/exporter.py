@@ -252,13 +252,11 @@ class _Export:
 
     def _emit(self, component: Compressed, name: str) -> ComponentEntry:
         part, (format,) = component.part, [format for format in self.plan.formats if format.name == name]
-        artifacts = [
-            artifact
-            for piece in part.pieces
-            for artifact in format.emit(
-                piece, component.skeleton(piece, name), component.stored_of(piece, name), self.folder, self.plan.emit
-            )
-        ]
+        artifacts = []
+        for piece in part.pieces:
+            skeleton, stored = component.skeleton(piece, name), component.stored_of(piece, name)
+            artifacts += format.emit(piece, skeleton, stored, self.folder, self.plan.emit)
+            release()
         return component_entry(self.folder, self.plan, part, artifacts, component.stored[name])
 
     def _copy_texts(self) -> tuple[FileEntry, ...]:

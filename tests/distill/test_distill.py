@@ -70,6 +70,21 @@ def test_a_finished_run_is_not_trained_again(smoke: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_a_run_may_begin_at_a_finished_checkpoint(smoke: Path, tmp_path: Path) -> None:
+    begun = ("--smoke", "--run", str(tmp_path / "run"), "--from", str(smoke / "made"))
+    done = distill("all", *begun, "--out", str(tmp_path / "made"))
+    assert done.returncode == 0, done.stderr
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        first, second = (next((folder / "made" / part).glob("*.safetensors")) for folder in (smoke, tmp_path))
+        assert first.read_bytes() == second.read_bytes()
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "This checkpoint goes on from an earlier one" in card
+    assert "This checkpoint goes on" not in (smoke / "made" / "README.md").read_text()
+    done = distill("teacher", "--smoke", "--run", str(tmp_path / "run"))
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode != 0 and f"was begun with --from {smoke / 'made'}" in line
+
+
 def test_a_checkpoint_of_another_shape_is_one_clear_line_and_kept(smoke: Path) -> None:
     done = distill("autoencoder", "--run", str(smoke / "run"))  # the full sizes on the smoke run's state
     assert done.returncode != 0
