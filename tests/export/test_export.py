@@ -79,8 +79,8 @@ def test_two_exports_each_with_its_own_calibration_have_the_same_bytes(
 ) -> None:
     """One in this process, which has converted before; one in a fresh process that hashes strings to other numbers."""
     (tmp_path / "prompts.txt").write_text("the red circle\non and on and the red\n", encoding="utf-8")
-    parts = ("--component", "text_encoder", "--component", "transformer")
-    flags = ("--target", "all", "--resolution", "64x64", "--steps", 2, "--calibration-prompts", tmp_path / "prompts.txt", *parts)
+    flags = ("--target", "all", "--resolution", "64x64", "--steps", 2, "--calibration-prompts", tmp_path / "prompts.txt")
+    flags = (*flags, "--component", "text_encoder", "--component", "transformer")
     monkeypatch.setenv("EXPORT_FLASH_CACHE", str(tmp_path / "one"))
     code, shown = export(capfd, checkpoint, tmp_path / "first", *flags)
     assert code == 0, shown
