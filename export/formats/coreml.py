@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import tempfile
 import uuid
@@ -103,6 +104,7 @@ class CoreMLFormat:
         )
         palettes = {name: weight for name, weight in stored.items() if isinstance(weight, PaletteWeight)}
         _insert_palettes(program, palettes, _graph_names(exported), component.name, options.deployment_target)
+        _number_constants(program)
 
         path = folder / f"{component.name}.mlpackage"
         with tempfile.TemporaryDirectory() as weights:
@@ -217,6 +219,19 @@ def _insert_palettes(program: Any, stored: Mapping[str, PaletteWeight], graph_na
     if missing:
         raise UserError(f"{component}: the converted Core ML program does not hold {', '.join(missing)}; "
                         f"store {'it' if len(missing) == 1 else 'them'} as float16 in the recipe")
+
+
+def _number_constants(program: Any) -> None:
+    """Numbers const_<n> in the order of the program: coremltools makes some while it goes through a set, whose order differs
+    from process to process."""
+    numbers: dict[str, int] = {}
+    for operation in program.functions["main"].operations:
+        for output in operation.outputs:
+            if match := re.fullmatch(r"const_(\d+)(.*)", output.name):
+                name = f"const_{numbers.setdefault(match[1], len(numbers))}{match[2]}"
+                if operation.name == output.name:
+                    operation.name = name
+                output.name = name
 
 
 def _find(dense: np.ndarray, constants: list[Any]) -> tuple[Any, tuple[int, ...]] | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -249,3 +252,29 @@ def test_what_core_ml_cannot_hold_is_refused_from_shapes_alone() -> None:
     assert not reasons(PaletteScheme(3, 16), IOS18)
     assert not reasons(PaletteScheme(8, 16, scaled=True, vector=2), IOS18)
     assert "--contract flash" in FORMAT.refuse(encoder_with_all_states(), {}, IOS17)[0]
+
+
+_EMIT = """
+import sys
+from pathlib import Path
+from export.compression.rounding import round_module
+from export.compression.schemes import FloatScheme, weight_infos
+from export.formats.coreml import CoreMLFormat
+from export.formats.format import EmitOptions
+from tests.export.small_components import denoiser, seeded
+component = denoiser()
+module = seeded(component)
+stored = round_module(module, {info.name: FloatScheme(16) for info in weight_infos(module)})
+CoreMLFormat().emit(component, module, stored, Path(sys.argv[1]), EmitOptions(deployment_target="iOS18"))
+"""
+
+
+def test_processes_that_hash_strings_differently_write_the_same_bytes(tmp_path: Path) -> None:
+    contents = []
+    for seed in ("1", "7"):
+        (tmp_path / seed).mkdir()
+        command = [sys.executable, "-c", _EMIT, str(tmp_path / seed)]
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True)
+        files = sorted(path for path in (tmp_path / seed).rglob("*") if path.is_file())
+        contents.append({path.relative_to(tmp_path / seed): path.read_bytes() for path in files})
+    assert len(contents[0]) == 3 and contents[0] == contents[1]
