@@ -114,6 +114,8 @@ def stage_table(result: dict[str, Any]) -> Table:
     for stage in result["stages"]:
         table.add_row(stage["name"], f"{stage['seconds']:.0f}", f"{stage['peak_bytes'] / 1e9:.2f}")
     for row in result["parity"]:
+        if row["lowering"] is None:
+            continue
         decibels = row["lowering"] if isinstance(row["lowering"], str) else f"{row['lowering']:.1f} dB"
         table.add_row(f"lowering parity of {row['component']} {row['output']}", decibels, "")
     for line in result.get("log", ()):

@@ -39,7 +39,9 @@ def run(work: Work, tell: Callable[[str], None]) -> dict[str, Any]:
     """Stages with their seconds and peaks, bytes of what was made, and what the comparison found."""
     stages = Stages(by_step=("components", "parity"), tell=tell)
     size = (work.resolution, work.resolution)
-    options = ExportOptions(work.model, resolution=size, formats=work.formats, bits=work.bits, calibrate=work.calibrate)
+    options = ExportOptions(
+        work.model, resolution=size, formats=work.formats, bits=work.bits, calibrate=work.calibrate, check="step"
+    )
     stages.stage("plan", 1)
     plan = make_plan(TARGETS[work.target], options)
     if work.kind == "ours":

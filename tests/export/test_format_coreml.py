@@ -257,14 +257,14 @@ def test_what_core_ml_cannot_hold_is_refused_from_shapes_alone() -> None:
 _EMIT = """
 import sys
 from pathlib import Path
-from export.compression.rounding import round_module
+from export.compression.rounding import round_weights
 from export.compression.schemes import FloatScheme, weight_infos
 from export.formats.coreml import CoreMLFormat
 from export.formats.format import EmitOptions
 from tests.export.small_components import denoiser, seeded
 component = denoiser()
 module = seeded(component)
-stored = round_module(module, {info.name: FloatScheme(16) for info in weight_infos(module)})
+stored = round_weights(dict(module.named_parameters()), {info.name: FloatScheme(16) for info in weight_infos(module)})
 CoreMLFormat().emit(component, module, stored, Path(sys.argv[1]), EmitOptions(deployment_target="iOS18"))
 """
 

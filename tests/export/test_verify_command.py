@@ -90,7 +90,7 @@ def test_a_fault_in_a_bundle_ends_with_1_and_names_the_operation(
         layers(broken, checkpoint)
     assert ended.value.code == 1
     shown = capsys.readouterr().out
-    assert f"of {planted}, or before it MatMulNBits" in shown and "parts from the reference at Add" in shown
+    assert "parts from the reference at MatMulNBits" in shown and f"of {planted}" in shown
 
 
 def test_what_cannot_be_compared_is_one_line(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
