@@ -1,7 +1,7 @@
 """A checkpoint, whatever it lies in: a diffusers folder, a hub id, or Stability's single safetensors file.
 
-All three answer alike: configurations by folder, tensors by folder and diffusers' name, one at a time from memory-mapped
-files. Only safetensors are read: a pickle can run code. Tokenizers, licence files and the carried sigmas come along.
+All three answer alike: configurations by folder, tensors by folder and diffusers' name, each read from its file when it is
+asked for. Only safetensors are read: a pickle can run code. Tokenizers, licence files and the carried sigmas come along.
 """
 
 from __future__ import annotations
