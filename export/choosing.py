@@ -2,8 +2,9 @@
 
 The loss of a candidate is the damage that its rounding does to the final latents (in the VAE decoder, to the picture) once
 error feedback has made up for what it can (`rounding.importance`); where a backend rounds a layer's inputs as well, that is
-part of it. Losses add up, and one integer programme a format chooses under the budget. Without statistics the loss is the
-error's share of the weight's energy, whatever the weight is for.
+part of it, unless it rounds them to 16 bits, which takes a second product. Losses add up, and one integer programme a format
+chooses under the budgets of bytes and second products. Without statistics the loss is the error's share of the weight's energy,
+whatever the weight is for.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from export.compression.ladders import rounds_inputs
 from export.compression.parallel import in_order
 from export.compression.recipe import Evidence, FormatRecipe, RecipeFile, WeightChoice, scheme_entry
 from export.compression.rounding import Layers, importance, known, nothing_known
-from export.compression.schemes import Plan, Scheme, WeightInfo, stored_bytes
+from export.compression.schemes import IntegerScheme, Plan, Scheme, WeightInfo, stored_bytes
 from export.measuring import Loss
 from export.planning import ExportPlan
 from export.progress import Progress
+
+SECOND_PRODUCTS = 0.25
+"""Of the multiply-accumulates of linears whose inputs are rounded, the share that may be done again, for inputs of 16 bits."""
 
 # Weights of a tensor that candidates are tried on, in whole groups of rows; a larger one is sampled evenly.
 SAMPLE = 1 << 15
@@ -85,13 +89,24 @@ def weigh(
         layer = known(info.name, info.shape, weights, layers)
         weight = _sample((component, info.name), values, layer)
         inputs = layer.input_rounding(values, rounding) if layer is not None and rounding is not None else 0.0
+        again = values.size * layer.samples if layer is not None else 0
         return [
-            Candidate(s, stored_bytes(s, info.shape), _loss(weight, s) + inputs * rounds_inputs(info, s))
+            Candidate(
+                s,
+                stored_bytes(s, info.shape),
+                _loss(weight, s) + inputs * rounds_inputs(info, s),
+                again * (isinstance(s, IntegerScheme) and s.input_bits == 16),
+            )
             for s in plan.candidates[info.name]
         ]
 
     names = [(component, info.name) for info in plan.undecided]
     return dict(zip(names, in_order(candidates, plan.undecided), strict=True))
+
+
+def affordable_work(weighed: Mapping[Key, Sequence[Candidate]]) -> int:
+    """The multiply-accumulates of second products that the chosen candidates may take together."""
+    return int(SECOND_PRODUCTS * sum(max(candidate.work for candidate in candidates) for candidates in weighed.values()))
 
 
 def _sample(key: Key, values: np.ndarray, layer: LayerStatistics | None) -> _Weight:
@@ -122,7 +137,7 @@ def _choose(
     pieces = [(part.name, piece) for part in plan.parts if part.name in plan.exported for piece in part.plans[format]]
     shapes = {(component, info.name): info.shape for component, piece in pieces for info in piece.weights}
     settled = {(component, name): scheme for component, piece in pieces for name, scheme in piece.settled.items()}
-    chosen = allocate(weighed, plan.budgets[format]) if weighed else {}
+    chosen = allocate(weighed, plan.budgets[format], affordable_work(weighed)) if weighed else {}
     components: dict[str, dict[str, WeightChoice]] = {}
     for key, shape in shapes.items():
         scheme = chosen[key].scheme if key in chosen else settled[key]

@@ -71,7 +71,7 @@ _of_the_graphs = _options(
         type=click.Choice(["float", "int8"]),
         default="float",
         show_default=True,
-        help="ONNX: what linears multiply. int8 also rounds their inputs: faster, but not as exact.",
+        help="Android: what linears multiply. int8 rounds all their inputs to 8 bits: faster, but not as exact.",
     ),
     click.option("--deployment-target", default="iOS18", show_default=True, help="Core ML: iOS17 or iOS18."),
     click.option("--format", "formats", multiple=True, help="Only these formats of the target: coreml, onnx, executorch."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from export.lora import pair_loras
 from export.planning import Check, ExportOptions, ExportPlan, make_plan
 from export.publish import GateFailed, check_place
 from export.rewrites import Rewrites, rewrites_of
-from export.targets import TARGETS, Target, choose_formats, load_format
+from export.targets import ROUNDING_FORMATS, TARGETS, Target, choose_formats, load_format
 from runtimes.bundle import BundleError, load_manifest
 from runtimes.harness.parity import Report, verify_bundle
 from runtimes.pipeline import Pipeline
@@ -128,7 +129,9 @@ def _plans(target: str, options: ExportOptions) -> list[ExportPlan]:
         for t in targets:
             for name in choose_formats(t, options.formats):
                 load_format(name)
-    return [make_plan(t, options) for t in targets]
+    rounding = [t for t in targets if not ROUNDING_FORMATS.isdisjoint(t.formats)]
+    others = replace(options, activations="float") if rounding else options
+    return [make_plan(t, options if t in rounding else others) for t in targets]
 
 
 def _targets(target: str, formats: tuple[str, ...]) -> list[Target]:

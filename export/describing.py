@@ -102,7 +102,8 @@ def describe_scheme(scheme: Scheme) -> str:
     if isinstance(scheme, PaletteScheme):
         groups = f", groups of {scheme.group}" if scheme.group else ""
         return _palette_words(scheme.bits, groups, scheme.vector, scheme.scaled)
-    return f"integers {scheme.bits} bit" + (f", blocks of {scheme.block}" if scheme.block else "")
+    blocks = f", blocks of {scheme.block}" if scheme.block else ""
+    return f"integers {scheme.bits} bit{blocks}" + _input_words(scheme.input_bits)
 
 
 def describe_lora(lora: LoraEntry) -> str:
@@ -195,7 +196,12 @@ def _scheme_words(weight: StoredWeight) -> str:
         return _palette_words(weight.bits, groups, weight.vector, weight.scales is not None)
     assert isinstance(weight, IntegerWeight)
     row = math.prod(weight.shape[1:])
-    return f"integers {weight.bits} bit, " + (f"blocks of {weight.block}" if weight.block < row else "one scale a row")
+    blocks = f"blocks of {weight.block}" if weight.block < row else "one scale a row"
+    return f"integers {weight.bits} bit, {blocks}" + _input_words(weight.input_bits)
+
+
+def _input_words(bits: int) -> str:
+    return f", inputs of {bits} bits" if bits > 8 else ""
 
 
 def _palette_words(bits: int, groups: str, vector: int, scaled: bool) -> str:

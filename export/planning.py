@@ -23,7 +23,7 @@ from export.formats.format import EmitOptions, Format
 from export.lora import Lora
 from export.rewrites import Rewrites, rewrites_of
 from export.sigmas import choose_sigmas
-from export.targets import Target, choose_formats, load_format
+from export.targets import ROUNDING_FORMATS, Target, choose_formats, load_format
 from runtimes.tokenizer import Tokenizer
 
 # Golden cases and graphs beside the stored weights, and what formats write on the way.
@@ -148,9 +148,9 @@ class ExportPlan:
 def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
     """Opens the checkpoint and plans. Raises `UserError` with every reason to refuse, one a line."""
     names = choose_formats(target, options.formats)
-    if options.activations == "int8" and "onnx" not in names:
-        raise UserError(f"--activations int8 is a choice of ONNX graphs, and --target {target.name} makes {', '.join(names)} "
-                        "here; leave it out")
+    if options.activations == "int8" and ROUNDING_FORMATS.isdisjoint(names):
+        raise UserError(f"--activations int8 is a choice of ONNX and ExecuTorch, and --target {target.name} makes "
+                        f"{', '.join(names)} here; leave it out")
     formats = tuple(load_format(name, options.activations) for name in names)
     recipe, budget = _asked(target, options)
     device_of(options.calibration)

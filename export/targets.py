@@ -56,8 +56,12 @@ TARGETS = {
 }
 
 
+ROUNDING_FORMATS = frozenset({"onnx", "executorch"})
+"""Those with linears that can multiply integers of 8 bits: --activations is a choice of theirs."""
+
+
 def load_format(name: str, activations: Activations = "float") -> Format:
-    """The format of a name; `activations` are for those that leave the choice (ONNX).
+    """The format of a name; `activations` are for those whose graphs differ by them (ONNX).
 
     Its libraries are imported only when it is wanted, for they are slow to import.
     """

@@ -42,10 +42,11 @@ from export.commands import built_in
 from export.compressing import contract_of
 from export.compression.schemes import PaletteScheme, stored_bytes
 from export.console import NOWHERE, StageBars, noise_to
-from export.measuring import Trial, loss
+from export.measuring import Trial
 from export.planning import ExportOptions, ExportPlan, make_plan
 from export.recording import loaded
 from export.targets import TARGETS
+from runtimes.harness.parity import psnr
 from runtimes.tables import compact_table, megabytes
 
 BITS = {"coreml": (3.5, 4, 4.5, 5, 6), "onnx": (5, 6, 7, 8), "executorch": (5, 6, 7, 8)}
@@ -53,7 +54,11 @@ BITS = {"coreml": (3.5, 4, 4.5, 5, 6), "onnx": (5, 6, 7, 8), "executorch": (5, 6
 
 @dataclass(frozen=True)
 class Row:
-    """One method: bytes of the stored weights, their mean bits, PSNR in dB of latents and pictures, and adherence."""
+    """One method: bytes of the stored weights, their mean bits, PSNR in dB, and adherence.
+
+    latents, image: PSNR of a caption's final latents and picture, the mean over captions; pooled: of all captions' latents as
+    one, in which the few that went another way weigh most
+    """
 
     format: str
     method: str
@@ -62,6 +67,7 @@ class Row:
     mean_bits: float
     latents: float
     image: float
+    pooled: float
     adherence: float
 
 
@@ -98,7 +104,8 @@ class Bench:
         return Trial(contract_of(self.plan), tokenizers, tuple(case.text for case in self.cases))
 
     def float32(self) -> Row:
-        return Row(self.format.name, "float32", False, 4 * self.count, 32.0, math.inf, math.inf, self._adherence(self.original))
+        same, adherence = math.inf, self._adherence(self.original)
+        return Row(self.format.name, "float32", False, 4 * self.count, 32.0, same, same, same, adherence)
 
     def measure(self, method: Method, ours: bool) -> Row:
         self.bars.stage(method.name[:40], len(self.plan.parts))
@@ -108,9 +115,10 @@ class Bench:
             made = method.make(part, self.modules[part.name])
             trial.advance(part.name, loaded(made.pieces))
             nbytes += made.nbytes
-        lost = loss(trial, self.original)
-        bits, adherence = 8 * nbytes / self.count, self._adherence(trial)
-        return Row(self.format.name, method.name, ours, nbytes, bits, lost.latents_psnr, lost.image_psnr, adherence)
+        latents = _mean_psnr(trial.latents, self.original.latents)
+        image = _mean_psnr(trial.images, self.original.images)
+        bits, pooled = 8 * nbytes / self.count, psnr(trial.latents, self.original.latents)
+        return Row(self.format.name, method.name, ours, nbytes, bits, latents, image, pooled, self._adherence(trial))
 
     def _adherence(self, trial: Trial) -> float:
         pictures = (trial.images.transpose(0, 2, 3, 1).clip(0, 1) * 255).round().astype(np.uint8)
@@ -136,33 +144,57 @@ class Bench:
         return Rounded(name, recipe, self.format, self.layers, rounder)
 
 
-def rows_of(bench: Bench) -> Iterator[Row]:
-    """The float32 modules, the others, each of our steps at 6 bits, and our curve by mean bits and at the others' bytes."""
-    yield bench.float32()
-    theirs = [bench.measure(method, ours=False) for method in OTHERS[bench.format.name]]
+def _mean_psnr(results: np.ndarray, originals: np.ndarray) -> float:
+    return float(np.mean([psnr(result, original) for result, original in zip(results, originals, strict=True)]))
+
+
+def rows_of(bench: Bench, only: Sequence[str] = ()) -> Iterator[Row]:
+    """The float32 modules, the others, each of our steps at 6 bits, and our curve by mean bits and at the others' bytes.
+
+    only: parts of the names of the rows that are wanted; all if empty
+    """
+
+    def wanted(name: str) -> bool:
+        return not only or any(part in name for part in only)
+
+    if wanted("float32"):
+        yield bench.float32()
+    theirs = [bench.measure(method, ours=False) for method in OTHERS[bench.format.name] if wanted(method.name)]
     yield from theirs
-    if bench.format.name == "coreml":
-        palette, groups = uniform(PaletteScheme(6)), uniform(PaletteScheme(6, 16))
-        yield bench.measure(bench.rounded("exact palettes, 6 bits", palette, plain), ours=True)
-        yield bench.measure(bench.rounded("+ sensitivity", palette, by_sensitivity), ours=True)
-        yield bench.measure(bench.rounded("+ groups of 16", groups, by_sensitivity), ours=True)
-        yield bench.measure(bench.rounded("+ error feedback", groups, with_feedback), ours=True)
-        yield bench.measure(bench.rounded("+ corrected biases", groups, None), ours=True)
+    for method in (*_steps(bench), *_curve(bench, theirs)):
+        if wanted(method.name):
+            yield bench.measure(method, ours=True)
+
+
+def _steps(bench: Bench) -> list[Method]:
+    """What each of our steps brings, where the format has palettes."""
+    if bench.format.name != "coreml":
+        return []
+    palette, groups = uniform(PaletteScheme(6)), uniform(PaletteScheme(6, 16))
+    return [
+        bench.rounded("exact palettes, 6 bits", palette, plain),
+        bench.rounded("+ sensitivity", palette, by_sensitivity),
+        bench.rounded("+ groups of 16", groups, by_sensitivity),
+        bench.rounded("+ error feedback", groups, with_feedback),
+        bench.rounded("+ corrected biases", groups, None),
+    ]
+
+
+def _curve(bench: Bench, theirs: Sequence[Row]) -> Iterator[Method]:
     candidates = bench.candidates()
-    for row in theirs:
-        recipe = mixed(candidates, bench.settled, row.nbytes)
-        yield bench.measure(bench.rounded(f"ours, size of {row.method}", recipe, None), ours=True)
-    for bits in BITS[bench.format.name]:
-        recipe = mixed(candidates, bench.settled, bench.budget(bits))
-        yield bench.measure(bench.rounded(f"ours, --bits {bits:g}", recipe, None), ours=True)
+    budgets = {f"size of {row.method}": row.nbytes for row in theirs}
+    budgets |= {f"--bits {bits:g}": bench.budget(bits) for bits in BITS[bench.format.name]}
+    for name, nbytes in budgets.items():
+        yield bench.rounded(f"ours, {name}", mixed(candidates, bench.settled, nbytes), None)
 
 
 @click.command()
 @click.option("--format", "formats", multiple=True, type=click.Choice([*OTHERS]), help="Only these formats.")
 @click.option("--captions", default=64, show_default=True, help="How many held-out captions.")
+@click.option("--only", multiple=True, help="Only the rows with this in their name, such as float32.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the rows as JSON.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Also draw size against PSNR, as .svg or .png.")
-def main(formats: tuple[str, ...], captions: int, json_file: Path | None, chart: Path | None) -> None:
+def main(formats: tuple[str, ...], captions: int, only: tuple[str, ...], json_file: Path | None, chart: Path | None) -> None:
     """Ours beside coremltools, ONNX Runtime and torchao on flash-mini."""
     rows: list[Row] = []
     with noise_to(NOWHERE) as console:
@@ -172,7 +204,7 @@ def main(formats: tuple[str, ...], captions: int, json_file: Path | None, chart:
             with StageBars(console) as bars:
                 statistics = calibrate(plan.checkpoint, plan.family, plan.graph, CalibrationOptions(), bars)
                 found = []
-                for row in rows_of(Bench(plan, statistics, captions, bars)):
+                for row in rows_of(Bench(plan, statistics, captions, bars), only):
                     found.append(row)
                     if json_file is not None:
                         json_file.write_text(json.dumps([asdict(r) for r in [*rows, *found]], indent=1) + "\n")
@@ -184,9 +216,9 @@ def main(formats: tuple[str, ...], captions: int, json_file: Path | None, chart:
 
 def show(console: Console, rows: Sequence[Row], captions: int) -> None:
     title = f"{rows[0].format}: {captions} held-out captions, against float32"
-    table = compact_table(title, ("method",), ("MB", "bits", "latents\ndB", "image\ndB", "adherence"))
+    table = compact_table(title, ("method",), ("MB", "bits", "latents\ndB", "image\ndB", "pooled\ndB", "adherence"))
     for row in rows:
-        decibels = ["" if math.isinf(value) else f"{value:.1f}" for value in (row.latents, row.image)]
+        decibels = ["" if math.isinf(value) else f"{value:.1f}" for value in (row.latents, row.image, row.pooled)]
         table.add_row(row.method, megabytes(row.nbytes), f"{row.mean_bits:.2f}", *decibels, f"{row.adherence:.1%}")
     console.print(table)
 

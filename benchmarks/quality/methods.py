@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from calibration.statistics import LayerStatistics, Statistics
-from export.choosing import layers_of
+from export.choosing import affordable_work, layers_of
 from export.compression.allocation import Candidate, allocate
 from export.compression.compress import parameter, store
 from export.compression.feedback import store_with_feedback
@@ -118,7 +118,7 @@ def uniform(palette: PaletteScheme) -> Recipes:
 def mixed(candidates: Mapping[Key, list[Candidate]], settled: Mapping[Key, Settled], budget: int) -> Recipes:
     """The integer programme's choice in `budget` bytes. settled: the weights that have no choice."""
     fixed = sum(stored_bytes(scheme, shape) for scheme, shape in settled.values())
-    chosen = allocate(candidates, budget - fixed)
+    chosen = allocate(candidates, budget - fixed, affordable_work(candidates))
 
     def recipe(component: str, infos: tuple[WeightInfo, ...]) -> Recipe:
         keys = [(component, info.name) for info in infos]

@@ -5,13 +5,14 @@ Nothing here goes by a weight's name. What must stay high is found by what its r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from calibration.layers import BLOCKS, block_of
 from export.compression.schemes import SMALL, FloatScheme, IntegerScheme, PaletteScheme, Scheme, WeightInfo
 
 Activations = Literal["float", "int8"]
-"""What enters linears whose weights are integers, where a format leaves the choice."""
+"""What linears whose weights are integers multiply, where a format leaves the choice: the nearest to float, or 8 bits."""
 
 GROUP = 16  # output channels that share a palette, where they do
 
@@ -21,16 +22,16 @@ def ladder(info: WeightInfo, backend: str, deployment_target: str, activations: 
 
     Norms, biases and tensors of fewer than `SMALL` values have one: their bytes do not matter. An iPhone on iOS 17 knows no
     palettes of 3 bits, no groups, no scales and no vectors. With int8 activations ONNX Runtime's linears have the blocks that
-    it multiplies fastest.
+    it multiplies fastest, and XNNPACK's round their inputs to 8 bits, never to 16.
     """
     if backend == "coreml":
         return _coreml(info, deployment_target)
-    return _onnx(info, activations) if backend == "onnx" else _executorch(info)
+    return _onnx(info, activations) if backend == "onnx" else _executorch(info, activations)
 
 
 def rounds_inputs(info: WeightInfo, scheme: Scheme) -> bool:
-    """Whether a format that rounds inputs at all does so where a weight is stored by the scheme."""
-    return info.kind == "linear" and isinstance(scheme, IntegerScheme)
+    """Whether a format that rounds inputs at all rounds them to 8 bits where a weight is stored by the scheme."""
+    return info.kind == "linear" and isinstance(scheme, IntegerScheme) and scheme.input_bits == 8
 
 
 def _coreml(info: WeightInfo, deployment_target: str) -> tuple[Scheme, ...]:
@@ -59,10 +60,15 @@ def _onnx(info: WeightInfo, activations: Activations) -> tuple[Scheme, ...]:
     return (*blocks, FloatScheme(16))
 
 
-def _executorch(info: WeightInfo) -> tuple[Scheme, ...]:
+def _executorch(info: WeightInfo, activations: Activations) -> tuple[Scheme, ...]:
     # XNNPACK takes no float16 weights beside float32 activations: what is not integer is stored as float32.
     if info.kind in ("other", "conv") or info.count < SMALL:
         return (FloatScheme(32),)
-    if info.kind == "linear" and info.row % 32 == 0:
-        return IntegerScheme(4, 32, bfloat16_scales=True), IntegerScheme(8), FloatScheme(32)
-    return IntegerScheme(8), FloatScheme(32)
+    if info.kind != "linear":
+        return IntegerScheme(8), FloatScheme(32)
+    integers = [IntegerScheme(8)]
+    if info.row % 32 == 0:
+        integers.insert(0, IntegerScheme(4, 32, bfloat16_scales=True))
+    if activations == "float":
+        integers = [replace(scheme, input_bits=bits) for scheme in integers for bits in (8, 16)]
+    return (*integers, FloatScheme(32))

@@ -43,15 +43,17 @@ class PaletteEntry(_Entry):
 
 
 class IntegerEntry(_Entry):
-    """block: inputs that share a scale (null: one scale an output channel)."""
+    """block: inputs that share a scale (null: one scale an output channel); input_bits: of a linear's inputs, where they are
+    rounded."""
 
     kind: Literal["integer"] = "integer"
     bits: Literal[4, 8]
     block: int | None = Field(default=None, ge=1)
     bfloat16_scales: bool = False
+    input_bits: Literal[8, 16] = 8
 
     def scheme(self) -> Scheme:
-        return IntegerScheme(self.bits, self.block, self.bfloat16_scales)
+        return IntegerScheme(self.bits, self.block, self.bfloat16_scales, self.input_bits)
 
 
 SchemeEntry = Annotated[FloatEntry | PaletteEntry | IntegerEntry, Field(discriminator="kind")]

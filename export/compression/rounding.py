@@ -13,8 +13,8 @@ from export.compression.compress import store
 from export.compression.correction import bias_name, corrected_bias
 from export.compression.feedback import centre, column_costs, store_with_feedback
 from export.compression.parallel import in_order
-from export.compression.schemes import FloatScheme, Recipe, Scheme
-from export.compression.stored import StoredWeight
+from export.compression.schemes import FloatScheme, IntegerScheme, Recipe, Scheme
+from export.compression.stored import IntegerWeight, StoredWeight
 from export.errors import UserError
 
 Layers = Callable[[str, tuple[int, ...]], LayerStatistics | None]  # by weight name and shape; None: nothing is known of it
@@ -55,10 +55,14 @@ def round_weights(weights: Mapping[str, Tensor], recipe: Recipe, layers: Layers 
 def round_weight(name: str, values: np.ndarray, scheme: Scheme, layer: LayerStatistics | None) -> StoredWeight:
     """One weight: with error feedback where its inputs' second moments are known, plainly where not."""
     if layer is None or isinstance(scheme, FloatScheme):
-        return store(name, values, scheme)
-    if layer.is_lookup:
-        return store(name, values, scheme, importance(values.shape, layer))
-    return store_with_feedback(name, values, scheme, layer.moments, layer.sensitivity, layer.samples)
+        weight = store(name, values, scheme)
+    elif layer.is_lookup:
+        weight = store(name, values, scheme, importance(values.shape, layer))
+    else:
+        weight = store_with_feedback(name, values, scheme, layer.moments, layer.sensitivity, layer.samples)
+    if isinstance(weight, IntegerWeight) and isinstance(scheme, IntegerScheme):
+        return replace(weight, input_bits=scheme.input_bits)
+    return weight
 
 
 def known(name: str, shape: tuple[int, ...], parameters: Collection[str], layers: Layers) -> LayerStatistics | None:

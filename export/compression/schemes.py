@@ -42,11 +42,15 @@ class PaletteScheme:
 
 @dataclass(frozen=True)
 class IntegerScheme:
-    """Symmetric integers with a scale for every `block` inputs (None: one an output channel)."""
+    """Symmetric integers with a scale for every `block` inputs (None: one an output channel).
+
+    input_bits: to which a linear's inputs are rounded, 8 or 16, where a runtime rounds them
+    """
 
     bits: int
     block: int | None = None
     bfloat16_scales: bool = False
+    input_bits: int = 8
 
 
 Scheme = FloatScheme | PaletteScheme | IntegerScheme

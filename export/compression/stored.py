@@ -107,12 +107,14 @@ class IntegerWeight:
     ints:   int8 [out, in...], 4-bit values in [-8, 7]
     scales: float32 [out, blocks]; the inputs of a row (all axes after the first) are split into `blocks` equal blocks
     scale_bytes: what one scale takes in the artifact (4 float32, 2 bfloat16)
+    input_bits: to which a linear's inputs are rounded, 8 or 16, where a runtime rounds them
     """
 
     bits: int
     ints: NDArray[np.int8]
     scales: NDArray[np.float32]
     scale_bytes: int = 4
+    input_bits: int = 8
 
     def __post_init__(self) -> None:
         if self.bits not in INTEGER_BITS:

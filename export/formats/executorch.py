@@ -1,7 +1,8 @@
 """ExecuTorch: one .pte a component, lowered to XNNPACK.
 
 Linears of 8 bits are 8da8w (one scale an output channel), of 4 bits 8da4w (groups of 32): XNNPACK rounds their inputs to 8
-bits, with a scale and a zero point a token, and multiplies integers. That rounding is part of `reference`. Token embeddings of
+bits, with a scale and a zero point a token, and multiplies integers; where a scheme asks for inputs of 16 bits it does so twice
+(executorch_inputs.py). That rounding is part of `reference`. Token embeddings of
 8 bits are gathered as int8 rows by portable operations. Everything else is stored and computed in float32: XNNPACK has no
 float16 weights beside float32 activations, the CPU kernel's float16 layer norm is wrong from width 256, and weight-only
 integers lower without an error and compute something else.
@@ -26,6 +27,7 @@ from export.compression.compress import mean_bits, with_tensors
 from export.compression.schemes import FloatScheme, PaletteScheme, Scheme, WeightInfo
 from export.compression.stored import IntegerWeight, StoredWeight
 from export.errors import UserError
+from export.formats.executorch_inputs import TwiceRounded, round_per_token, round_twice
 from export.formats.format import Artifact, EmitOptions, artifact_files, export_graph, refuse_schemes, with_rounded_inputs
 from runtimes.executorch import CONTRACT_METHOD
 from runtimes.graph import TensorSpec
@@ -55,7 +57,7 @@ class ExecuTorchFormat:
 
     def reference(self, module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
         """Decompressed weights, and the inputs of integer linears rounded to 8 bits a token."""
-        return with_rounded_inputs(module, stored, lambda _: round_per_token)
+        return with_rounded_inputs(module, stored, lambda weight: round_twice if weight.input_bits == 16 else round_per_token)
 
     def emit(self, component: Component, module: nn.Module, stored: Mapping[str, StoredWeight], folder: Path,
              options: EmitOptions) -> list[Artifact]:
@@ -72,21 +74,10 @@ class ExecuTorchFormat:
         files, nbytes = artifact_files(path, folder)
         details = {"backend": "xnnpack", "floats": "float32"}
         details["activations"] = "int8 before integer linears, scale and zero point a token"
+        if any(isinstance(weight, IntegerWeight) and weight.input_bits == 16 for weight in stored.values()):
+            details["activations"] += "; before some twice, the rest of the first time"
         return [Artifact(component.name, self.name, path, files, nbytes, mean_bits(stored), component.inputs, component.outputs,
                          delegated, details)]
-
-
-def round_per_token(states: Tensor) -> Tensor:
-    """Each row (last axis) rounded to 256 levels between its minimum and maximum, 0 among them: XNNPACK's dynamic int8.
-
-    scale = (max - min) / 255 with min <= 0 <= max, zero = -128 - round(min / scale),
-    x -> (clamp(round(x / scale) + zero, -128, 127) - zero) * scale
-    """
-    low = states.amin(dim=-1, keepdim=True).clamp(max=0.0)
-    high = states.amax(dim=-1, keepdim=True).clamp(min=0.0)
-    scale = ((high - low) / 255.0).clamp(min=torch.finfo(torch.float32).eps)
-    zero = (-128.0 - torch.round(low / scale)).clamp(-128, 127)
-    return ((torch.round(states / scale) + zero).clamp(-128, 127) - zero) * scale
 
 
 def _refuse_scheme(name: str, info: WeightInfo, scheme: Scheme) -> str | None:
@@ -99,6 +90,8 @@ def _refuse_scheme(name: str, info: WeightInfo, scheme: Scheme) -> str | None:
         )
     if info.kind == "conv":
         return f"{name}: XNNPACK computes convolutions with weight-only integers wrongly; store float32"
+    if info.kind != "linear" and scheme.input_bits != 8:
+        return f"{name}: only linears have inputs of {scheme.input_bits} bits"
     if info.kind == "other":
         return f"{name}: only linears and embeddings are stored as integers"
     if scheme.bits == 8:
@@ -115,20 +108,27 @@ def _refuse_scheme(name: str, info: WeightInfo, scheme: Scheme) -> str | None:
 def lowerable(module: nn.Module, stored: Mapping[str, StoredWeight]) -> nn.Module:
     """A copy of the module whose integer weights are torchao tensors that hold our integers and scales."""
     tensors: dict[str, Tensor] = {}
-    embeddings: dict[str, IntegerWeight] = {}
+    embeddings: set[str] = set()
     for name, weight in stored.items():
         if not isinstance(weight, IntegerWeight):
             tensors[name] = torch.from_numpy(weight.dequantize())
         elif isinstance(_owner(module, name), nn.Linear):
             tensors[name] = _dynamic(weight)
         elif isinstance(_owner(module, name), nn.Embedding):
-            embeddings[name] = weight
+            embeddings.add(name)
         else:
             raise UserError(f"{name} is no linear or embedding; ExecuTorch stores it as float32")
     copy = with_tensors(module, tensors)
-    for name, weight in embeddings.items():
+    for name, weight in stored.items():
+        if not isinstance(weight, IntegerWeight):
+            continue
         parent, _, child = name.removesuffix(".weight").rpartition(".")
-        setattr(copy.get_submodule(parent), child, IntegerEmbedding(weight))
+        if name in embeddings:
+            setattr(copy.get_submodule(parent), child, IntegerEmbedding(weight))
+        elif weight.input_bits == 16:
+            linear = _owner(copy, name)
+            assert isinstance(linear, nn.Linear)
+            setattr(copy.get_submodule(parent), child, TwiceRounded(linear))
     return use_spelled_gelu(copy, True)
 
 

@@ -118,6 +118,8 @@ def _refuse_scheme(name: str, info: WeightInfo, scheme: Scheme) -> str | None:
         return f"{name}: ONNX Runtime has no palettes; use 4- or 8-bit block integers"
     if not isinstance(scheme, IntegerScheme):
         return None
+    if scheme.input_bits != 8:
+        return f"{name}: MatMulNBits rounds its inputs to 8 bits or not at all, not to {scheme.input_bits}"
     if info.kind == "linear":
         if scheme.bits not in MATMUL_BITS:
             return f"MatMulNBits does not hold {scheme.bits} bits; choose from {', '.join(map(str, MATMUL_BITS))}"

@@ -20,7 +20,7 @@ from export.checkpoint import Checkpoint
 from export.compression.schemes import weight_infos
 from export.families import read_family
 from export.families.family import GraphOptions
-from export.formats.executorch import round_per_token
+from export.formats.executorch_inputs import round_per_token
 from export.formats.onnx import round_per_block
 from export.rewrites import rewrites_of
 from tests.calibration.conftest import GRAPH, PROMPTS, Calibrate

@@ -114,7 +114,7 @@ OPTIONS: dict[str, Case] = {
     "steps not carried": (option("--steps", 3), ("--steps 3", "choose one of those")),
     "format of another target": (option("--format", "onnx"), ("--format onnx", "choose from coreml")),
     "component": (option("--component", "unet"), ("--component unet", "choose from text_encoder")),
-    "int8 activations": (option("--activations", "int8"), ("--activations int8", "ONNX", "--target ios makes coreml")),
+    "int8 activations": (option("--activations", "int8"), ("--activations int8", "ExecuTorch", "--target ios makes coreml")),
     "deployment target": (option("--deployment-target", "iOS3"), ("iOS3", "choose from iOS17, iOS18")),
     "rewrite": (option("--without", "magic"), ("--without magic", "choose from fold_null_tokens")),
     "chunks": (option("--chunks", 99), ("--chunks 99", "choose")),

@@ -80,20 +80,26 @@ def test_bytes_by_shape_equal_bytes_of_the_stored_weight(scheme: Scheme, rows: i
 
 
 ladders = st.lists(
-    st.lists(st.tuples(st.integers(1, 60), st.floats(0, 100)), min_size=1, max_size=4), min_size=1, max_size=5
+    st.lists(st.tuples(st.integers(1, 60), st.floats(0, 100), st.integers(0, 9)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=5,
 )
 
 
 @settings(deadline=None, max_examples=60)
-@given(ladders, st.integers(0, 200))
-def test_allocation_is_the_best_of_all_within_the_budget(given_ladders: list[list[tuple[int, float]]], spare: int) -> None:
+@given(ladders, st.integers(0, 200), st.integers(0, 20))
+def test_allocation_is_the_best_of_all_within_the_budgets(
+    given_ladders: list[list[tuple[int, float, int]]], spare: int, work: int
+) -> None:
+    choices = [[*ladder, (min(nbytes for nbytes, _, _ in ladder), 200.0, 0)] for ladder in given_ladders]  # one of no work
     scheme = IntegerScheme(8)
-    candidates = {n: [allocation.Candidate(scheme, *pair) for pair in ladder] for n, ladder in enumerate(given_ladders)}
-    budget = sum(min(nbytes for nbytes, _ in ladder) for ladder in given_ladders) + spare
-    chosen = allocation.allocate(candidates, budget)
+    candidates = {n: [allocation.Candidate(scheme, *option) for option in ladder] for n, ladder in enumerate(choices)}
+    budget = sum(min(nbytes for nbytes, _, _ in ladder) for ladder in choices) + spare
+    chosen = allocation.allocate(candidates, budget, work)
     assert sum(option.nbytes for option in chosen.values()) <= budget
-    fitting = [c for c in itertools.product(*given_ladders) if sum(nbytes for nbytes, _ in c) <= budget]
-    best = min(sum(loss for _, loss in c) for c in fitting)
+    assert sum(option.work for option in chosen.values()) <= work
+    within = [c for c in itertools.product(*choices) if sum(o[0] for o in c) <= budget and sum(o[2] for o in c) <= work]
+    best = min(sum(loss for _, loss, _ in c) for c in within)
     assert sum(option.loss for option in chosen.values()) <= best + 1e-3 * (best + 1)
 
 

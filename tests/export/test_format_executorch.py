@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from export.compression.integers import quantize
 from export.compression.rounding import round_weights
 from export.compression.schemes import FloatScheme, IntegerScheme, PaletteScheme, Scheme
 from export.compression.stored import IntegerWeight
-from export.formats.executorch import ExecuTorchFormat, IntegerEmbedding, round_per_token
+from export.formats.executorch import ExecuTorchFormat, IntegerEmbedding
+from export.formats.executorch_inputs import round_per_token
 from export.formats.format import EmitOptions
 from runtimes.executorch import load
 from runtimes.graph import TensorSpec
+from runtimes.harness.parity import psnr
 from tests.export.small_components import decoder, encoder, real_inputs, run, seeded, stored_by_plan, worst_psnr
 
 FORMAT, OPTIONS = ExecuTorchFormat(), EmitOptions()
@@ -74,6 +77,26 @@ def test_two_exports_are_identical_and_hold_our_integers(tmp_path: Path) -> None
     assert weight.ints.tobytes() in contents[0]
 
 
+@pytest.mark.parametrize("scheme", [IntegerScheme(8, input_bits=16), IntegerScheme(4, 32, True, input_bits=16)])
+def test_inputs_of_16_bits_leave_the_product_of_the_stored_weight(scheme: IntegerScheme, tmp_path: Path) -> None:
+    spec = TensorSpec("x", "float32", (1, 50, 64))
+    component = Component("linear", "linear", (spec,), (TensorSpec("y", "float32", (1, 50, 64)),), _Linear)
+    module = seeded(component)
+    states = (np.random.default_rng(0).standard_normal(spec.shape) * np.geomspace(0.1, 30, 64)).astype(np.float32)
+    found, sizes = {}, {}
+    for asked in (replace(scheme, input_bits=8), scheme):
+        stored = round_weights(dict(module.named_parameters()), {"linear.weight": asked})
+        (artifact,) = FORMAT.emit(component, module, stored, tmp_path, OPTIONS)
+        found[asked.input_bits], sizes[asked.input_bits] = load(artifact.path)({"x": states})["y"], artifact.nbytes
+        reference = run(component, FORMAT.reference(module, stored), {"x": states})["y"]
+        assert psnr(found[asked.input_bits], reference) >= 60
+    weight, bias = stored["linear.weight"].dequantize().astype(np.float64), module.get_parameter("linear.bias").numpy()
+    exact = states.astype(np.float64) @ weight.T + bias
+    assert psnr(found[16], exact) >= 80 > 60 > psnr(found[8], exact)
+    assert artifact.delegated == 1 and sizes[16] - sizes[8] < 8000
+    assert "twice" in artifact.details["activations"]
+
+
 def test_dynamic_rounding_equals_torchaos() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 32, bias=False).requires_grad_(False)
@@ -102,6 +125,7 @@ def test_what_xnnpack_computes_wrongly_is_refused_from_shapes_alone() -> None:
     assert "not blocks of 32" in reasons(linear, IntegerScheme(8, 32))[0]
     assert "groups of 32 with bfloat16 scales" in reasons(linear, IntegerScheme(4, 64, True))[0]
     assert "choose from 4, 8" in reasons(linear, IntegerScheme(6))[0]
+    assert "only linears have inputs of 16 bits" in reasons(table, IntegerScheme(8, input_bits=16))[0]
     assert "8 bits, not 4" in reasons(table, IntegerScheme(4, 32, True))[0]
     convolution = FORMAT.refuse(decoder(), {"decoder.conv_in.weight": IntegerScheme(8)}, OPTIONS)
     assert "convolutions with weight-only integers wrongly" in convolution[0]

@@ -201,6 +201,7 @@ def test_what_onnx_runtime_cannot_hold_is_refused_from_shapes_alone() -> None:
     assert reasons(linear, IntegerScheme(6, 32)) == ["MatMulNBits does not hold 6 bits; choose from 4, 8"]
     assert "no blocks of None" in reasons(linear, IntegerScheme(8))[0]
     assert "blocks of 128 do not divide its 64 inputs" in reasons(linear, IntegerScheme(8, 128))[0]
+    assert "8 bits or not at all" in reasons(linear, IntegerScheme(8, 32, input_bits=16))[0]
     assert "no palettes" in reasons(linear, PaletteScheme(6))[0]
     assert "8-bit integers with one scale a row" in reasons(table, IntegerScheme(4, 32))[0]
     assert "only linears" in reasons("text_model.final_layer_norm.weight", IntegerScheme(8))[0]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from export.exporter import key_of
 from export.journal import Journal
+from export.planning import ExportOptions, make_plan
+from export.targets import TARGETS
+from tests.models import SD3, write_checkpoint
 
 
 def bundle_of(tmp_path: Path) -> Path:
@@ -63,3 +68,16 @@ def test_note_that_was_never_finished_counts_for_nothing(tmp_path: Path) -> None
     Journal(bundle)
     (tmp_path / "journal" / "one.part").write_text('{"unit": "one", "fi')
     assert Journal(bundle).recall("one") is None
+
+
+def test_what_was_finished_is_taken_up_by_the_same_export_alone(tmp_path: Path) -> None:
+    options = ExportOptions(str(write_checkpoint(tmp_path / "model", SD3)), formats=("onnx", "executorch"))
+
+    def key(**other: object) -> str:
+        return key_of(make_plan(TARGETS["android"], replace(options, **other)), "fingerprint")  # type: ignore[arg-type]
+
+    others = [key(activations="int8"), key(bits=7.5), key(formats=("onnx",)), key(resolution=(64, 64)), key(calibrate=False)]
+    assert key() == key()
+    assert len({key(), *others}) == 6
+    onnx = key(formats=("onnx",), calibrate=False)  # whose weights are the same with other activations
+    assert onnx != key(formats=("onnx",), calibrate=False, activations="int8")
