@@ -30,6 +30,7 @@ from export.progress import Progress
 from export.publish import GateFailed, publishing
 from export.recording import Recorder, entries
 from export.reference import draw, reference_pipeline
+from export.stopping import Heeding
 from runtimes.bundle import (
     ComponentEntry,
     FileEntry,
@@ -64,7 +65,7 @@ def export(plan: ExportPlan, place: Path, progress: Progress) -> Report:
     if plan.is_large:
         keep_large_blocks_apart()
     with publishing(place, plan.needed_bytes, key_of(plan, fingerprint)) as folder:
-        return _Export(plan, folder, fingerprint, progress).make()
+        return _Export(plan, folder, fingerprint, Heeding(progress)).make()
 
 
 def key_of(plan: ExportPlan, fingerprint: str) -> str:

@@ -16,23 +16,20 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 from export.errors import UserError
 from export.journal import FOLDER as JOURNAL
+from export.stopping import stoppable
 from runtimes.bundle import MANIFEST
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # How numpy's tofile and coremltools' writer of weights say that a write failed; they keep the system's reason to themselves.
 _WRITING = ("problem writing", "requested and", "while writing")
-_STOPPING = (signal.SIGTERM, signal.SIGHUP)
 BUNDLE = "bundle"  # the folder in work, inside its hidden home
 KEY = "key"  # of what is in work there
 _CURRENT_FOLDER = -100  # AT_FDCWD of renameat2(2): paths are as given
@@ -64,7 +61,7 @@ def publishing(place: Path, needed_bytes: int, key: str | None = None) -> Iterat
             home, lock = _make_home(place)
     keep = False
     try:
-        with _terminate_by_exception(), _clear_errors(place, needed_bytes, home):
+        with stoppable(), _clear_errors(place, needed_bytes, home):
             working = home / BUNDLE
             working.mkdir(exist_ok=True)
             shutil.rmtree(home / "temporary", ignore_errors=True)
@@ -222,24 +219,6 @@ def _flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _terminate_by_exception() -> Iterator[None]:
-    """Inside the block SIGTERM and SIGHUP raise SystemExit, as SIGINT raises KeyboardInterrupt, so that clean-up runs."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    main = threading.current_thread() is threading.main_thread()
-    caught = [number for number in _STOPPING if main and signal.getsignal(number) == signal.SIG_DFL]
-    for number in caught:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _check_space(place: Path, needed_bytes: int) -> None:
