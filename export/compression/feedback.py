@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cholesky
 
 from export.compression.integers import fit_scales, integer_range, quantize, storable_scales
 from export.compression.palettes import nearest_vectors, palettize
@@ -26,7 +27,8 @@ from export.compression.schemes import IntegerScheme, PaletteScheme
 from export.compression.stored import IntegerWeight, PaletteWeight, StoredWeight
 from export.errors import UserError
 
-Array = NDArray[np.float64]
+Array = NDArray[np.float64]  # what is solved for
+Matrix = NDArray[np.float32]  # what is multiplied: errors of a part in 10^7 are lost in rounding
 Codes = NDArray[np.uint8] | NDArray[np.int8]
 
 # Share of the moments' mean diagonal that is added to their diagonal, and what that share grows by for every input a sample. Of
@@ -36,6 +38,7 @@ DAMPING_PER_INPUT = 0.01
 CLEARLY = 0.7  # of what the weighted palette alone leaves: where feedback gains so little, an unweighted one may be better
 SPAN = 128  # columns between two matrix products; within, a column waits for the one before it
 TURNS = 2  # of fitting entries or scales, then codes
+LARGE = 1 << 20  # values from which on a weight is swept once, then fitted: turns gain it 0.1 to 0.3 dB for most of the work
 STEPS = 4  # of conjugate gradients in one fit
 FIT_ROWS = 512  # rows that the entries of one palette are fitted to
 
@@ -58,7 +61,7 @@ def store_with_feedback(
     """
     out = values.shape[0]
     rows = np.ones(out) if sensitivity is None else sensitivity.astype(np.float64)
-    matrix = values.reshape(out, -1).astype(np.float64)
+    matrix = values.reshape(out, -1).astype(np.float32)
     _check(name, matrix, moments, rows)
     try:
         curvature = _Curvature.of(moments.astype(np.float64), _damping(matrix.shape[1], samples))
@@ -76,16 +79,20 @@ def store_with_feedback(
             codebook = _Integers(matrix, scheme, curvature)
     except ValueError as error:
         raise UserError(f"{name} {list(values.shape)}: {error}") from None
-    best, least = start, objective(matrix - start.dequantize().reshape(matrix.shape), moments, rows)
+
+    def loss_of(weight: StoredWeight) -> float:
+        return objective(matrix - weight.dequantize().reshape(matrix.shape), moments, rows)
+
+    best, least = start, loss_of(start)
     enough = CLEARLY * least
     for codes in _descend(np.ascontiguousarray(matrix.T[curvature.order]), codebook, curvature, rows):
         candidate = codebook.stored(curvature.in_place(codes), values.shape)
-        loss = objective(matrix - candidate.dequantize().reshape(matrix.shape), moments, rows)
+        loss = loss_of(candidate)
         if loss < least:
             best, least = candidate, loss
     if least > enough and isinstance(scheme, PaletteScheme):
         plain = palettize(half, scheme.bits, scheme.group, None, scheme.scaled, scheme.vector)
-        return min(best, plain, key=lambda kind: objective(matrix - kind.dequantize().reshape(matrix.shape), moments, rows))
+        return min(best, plain, key=loss_of)
     return best
 
 
@@ -93,8 +100,8 @@ def objective(
     error: NDArray[np.floating], moments: NDArray[np.floating], sensitivity: NDArray[np.floating] | None = None
 ) -> float:
     """sum_o sensitivity[o] E_o moments E_o^T of a weight's error [out, in...]: the mean weighted squared output error."""
-    rows = error.reshape(error.shape[0], -1).astype(np.float64)
-    losses = ((rows @ moments.astype(np.float64)) * rows).sum(axis=1)
+    rows = error.reshape(error.shape[0], -1).astype(np.float32)
+    losses = ((rows @ moments.astype(np.float32)) * rows).sum(axis=1, dtype=np.float64)
     return float(losses.sum() if sensitivity is None else sensitivity.astype(np.float64) @ losses)
 
 
@@ -104,8 +111,10 @@ def column_costs(moments: NDArray[np.floating], samples: int | None = None) -> A
     It is the diagonal of D: with e the errors of plain rounding, sum_o s_o sum_k D_k e_ok^2 is what error feedback leaves (Chee
     et al. 2023, theorem 2), where rounding errors are independent of each other.
     """
-    curvature = _Curvature.of(moments.astype(np.float64), _damping(len(moments), samples))
-    return curvature.in_place(curvature.cost)
+    exact = moments.astype(np.float64)
+    order = _order(exact)
+    factor = _factor(_reverse(exact, order, _damping(len(moments), samples)))
+    return _in_place(order, np.square(factor.diagonal()))
 
 
 def centre(moments: NDArray[np.floating], mean: NDArray[np.floating]) -> Array:
@@ -118,7 +127,7 @@ def _damping(inputs: int, samples: int | None) -> float:
     return DAMPING + (DAMPING_PER_INPUT * inputs / samples if samples else 0)
 
 
-def _check(name: str, matrix: Array, moments: NDArray[np.floating], rows: Array) -> None:
+def _check(name: str, matrix: Matrix, moments: NDArray[np.floating], rows: Array) -> None:
     out, row = matrix.shape
     if not np.isfinite(matrix).all():
         raise UserError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
@@ -133,33 +142,60 @@ def _check(name: str, matrix: Array, moments: NDArray[np.floating], rows: Array)
 class _Curvature:
     """Damped second moments H, columns in the order of rounding: those of largest diagonal first (act-order).
 
-    order: [in], the column at each place; damped: H; feedback: U; cost: the diagonal of D; descent: H_jk / H_kk, 0 where j = k
+    order: [in], the column at each place; damped: H; feedback: U; cost: the diagonal of D
     """
 
     order: NDArray[np.intp]
-    damped: Array
-    feedback: Array
+    damped: Matrix
+    feedback: Matrix
     cost: Array
-    descent: Array
 
     @classmethod
     def of(cls, moments: Array, damping: float) -> _Curvature:
-        diagonal = moments.diagonal()
-        order = np.argsort(-diagonal, kind="stable")
-        damped = moments[np.ix_(order, order)]
-        np.fill_diagonal(damped, damped.diagonal() + damping * (diagonal.mean() or 1.0))
-        # numpy's factor is lower triangular, so that of the reversed matrix, reversed, is the upper one: H = R R^T.
-        factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-        feedback, descent = factor / factor.diagonal(), damped / damped.diagonal()
+        order = _order(moments)
+        reverse = _reverse(moments, order, damping)
+        damped = reverse[::-1, ::-1].astype(np.float32)
+        factor = _factor(reverse)
+        feedback = factor.astype(np.float32)
+        feedback /= feedback.diagonal().copy()
         np.fill_diagonal(feedback, 0)
-        np.fill_diagonal(descent, 0)
-        return cls(order, damped, feedback, np.square(factor.diagonal()), descent)
+        return cls(order, damped, feedback, np.square(factor.diagonal()))
+
+    def descent(self) -> Matrix:
+        """H_jk / H_kk, 0 where j = k."""
+        coupling = self.damped / self.damped.diagonal()
+        np.fill_diagonal(coupling, 0)
+        return coupling
 
     def in_place(self, ordered: NDArray) -> NDArray:
-        """Columns (axis 0) back where the weight has them."""
-        back = np.empty_like(ordered)
-        back[self.order] = ordered
-        return back
+        return _in_place(self.order, ordered)
+
+
+def _order(moments: Array) -> NDArray[np.intp]:
+    return np.argsort(-moments.diagonal(), kind="stable")
+
+
+def _in_place(order: NDArray[np.intp], ordered: NDArray) -> NDArray:
+    """Columns (axis 0) back where the weight has them."""
+    back = np.empty_like(ordered)
+    back[order] = ordered
+    return back
+
+
+def _reverse(moments: Array, order: NDArray[np.intp], damping: float) -> Array:
+    """H with the last column first."""
+    back = order[::-1]
+    damped = moments[np.ix_(back, back)]
+    np.fill_diagonal(damped, damped.diagonal() + damping * (moments.diagonal().mean() or 1.0))
+    return damped
+
+
+def _factor(reverse: Array) -> Array:
+    """R, upper triangular: H = R R^T. LAPACK's factor is lower triangular, so that of the reverse, reversed, is the upper one.
+
+    Overwrites its argument.
+    """
+    return cholesky(reverse.T, lower=True, overwrite_a=True, check_finite=False)[::-1, ::-1]
 
 
 class _Codebook(Protocol):
@@ -168,13 +204,13 @@ class _Codebook(Protocol):
 
     def blank(self, columns: int) -> Codes: ...
 
-    def round(self, column: int, target: Array) -> tuple[NDArray[np.integer], Array]:
+    def round(self, column: int, target: Matrix) -> tuple[NDArray[np.integer], Matrix]:
         """Codes of the values nearest to target [out], and those values."""
         ...
 
-    def values(self, codes: Codes) -> Array: ...
+    def values(self, codes: Codes) -> Matrix: ...
 
-    def refit(self, codes: Codes, weights: Array, damped: Array, rows: Array) -> None:
+    def refit(self, codes: Codes, weights: Matrix, damped: Matrix, rows: Array) -> None:
         """Moves what weights share to the least loss that these codes allow. May renumber the codes in place."""
         ...
 
@@ -188,9 +224,9 @@ class _Palettes:
 
     def __init__(self, start: PaletteWeight, rows: Array) -> None:
         self.start = start
-        self._settle(start.palettes.astype(np.float64))
+        self._settle(start.palettes.astype(np.float32))
         units = start.shape[0] // start.vector
-        self.scales = np.ones(start.shape[0]) if start.scales is None else start.scales.astype(np.float64)
+        self.scales = np.ones(start.shape[0], np.float32) if start.scales is None else start.scales.astype(np.float32)
         # Entries of all groups lie in one table; `base` is where those of each row (or pair of rows) begin.
         self.base = np.repeat(np.arange(start.groups) << start.bits, units // start.groups)
         self.rows = np.maximum(rows, np.finfo(np.float32).eps * rows.max() or 1.0)  # nearest pairs need some weight
@@ -198,13 +234,13 @@ class _Palettes:
     def blank(self, columns: int) -> Codes:
         return np.zeros((columns, len(self.base)), np.uint8)
 
-    def round(self, column: int, target: Array) -> tuple[NDArray[np.integer], Array]:
+    def round(self, column: int, target: Matrix) -> tuple[NDArray[np.integer], Matrix]:
         unscaled = target / self.scales
         index = self._nearest(unscaled) if self.start.vector == 1 else self._nearest_vectors(unscaled)
         values = self.entries.reshape(-1, self.start.vector)[index].reshape(-1)
         return index - self.base, values * self.scales
 
-    def _nearest(self, target: Array) -> NDArray[np.intp]:
+    def _nearest(self, target: Matrix) -> NDArray[np.intp]:
         """Place in the table, by bisection in the palettes of all rows at once; the lower of two as near."""
         index, step = self.base.copy(), 1 << (self.start.bits - 1)
         while step:
@@ -212,24 +248,24 @@ class _Palettes:
             step >>= 1
         return index
 
-    def _nearest_vectors(self, target: Array) -> NDArray[np.intp]:
+    def _nearest_vectors(self, target: Matrix) -> NDArray[np.intp]:
         vector = self.start.vector
         parts = [part.reshape(self.start.groups, -1, vector) for part in (target, self.rows * np.square(self.scales))]
         found = [nearest_vectors(palette.astype(np.float16), values, weights)
                  for palette, values, weights in zip(self.entries, *parts, strict=True)]
         return self.base + np.concatenate(found)
 
-    def values(self, codes: Codes) -> Array:
+    def values(self, codes: Codes) -> Matrix:
         table = self.entries.reshape(-1, self.start.vector)
         return table[codes + self.base].reshape(len(codes), -1) * self.scales
 
-    def refit(self, codes: Codes, weights: Array, damped: Array, rows: Array) -> None:
+    def refit(self, codes: Codes, weights: Matrix, damped: Matrix, rows: Array) -> None:
         vector, shape = self.start.vector, self.entries.shape
         units = np.arange(0, len(self.base), max(1, weights.shape[1] // shape[0] // FIT_ROWS))
         places = np.arange(vector)
         picked = (units[:, None] * vector + places).reshape(-1)
         slots = ((codes[:, units] + self.base[units])[:, :, None] * vector + places).reshape(len(codes), -1)
-        entries = _least_squares(
+        found = _least_squares(
             self.entries.reshape(shape[0], -1),
             lambda entries: entries.reshape(-1)[slots],
             lambda values: np.bincount(slots.reshape(-1), values.reshape(-1), self.entries.size).astype(np.float64),
@@ -238,7 +274,7 @@ class _Palettes:
             damped,
             rows[picked],
         )
-        entries = entries.astype(np.float16).astype(np.float64).reshape(shape)
+        entries = found.astype(np.float16).astype(np.float32).reshape(shape)
         if vector == 1:
             order = np.argsort(entries, axis=1, kind="stable")
             entries = np.take_along_axis(entries, order, axis=1)
@@ -247,10 +283,10 @@ class _Palettes:
         if self.start.scales is not None:
             unscaled = self.values(codes) / self.scales
             scales = _least_squares(self.scales[:, None], lambda scales: scales.T, _column_sum, unscaled, weights, damped, rows)
-            half = scales[:, 0].clip(0, 65504).astype(np.float16).astype(np.float64)
+            half = scales[:, 0].clip(0, 65504).astype(np.float16).astype(np.float32)
             self.scales = np.where(half < np.finfo(np.float16).tiny, self.scales, half)
 
-    def _settle(self, entries: Array) -> None:
+    def _settle(self, entries: Matrix) -> None:
         self.entries = entries
         table = entries.reshape(-1)
         self.middles = (table[1:] + table[:-1]) / 2  # of use where vector is 1, and then within a group
@@ -264,58 +300,62 @@ class _Palettes:
 class _Integers:
     """scales [out, blocks]: settled before the first column, so that columns of any block may be rounded in any order."""
 
-    def __init__(self, matrix: Array, scheme: IntegerScheme, curvature: _Curvature) -> None:
+    def __init__(self, matrix: Matrix, scheme: IntegerScheme, curvature: _Curvature) -> None:
         self.scheme = scheme
         self.curvature = curvature
         size = scheme.block or matrix.shape[1]
         self.block = curvature.order // size
         cost = curvature.in_place(curvature.cost).reshape(-1, size)
-        blocks = matrix.astype(np.float32).reshape(len(matrix), -1, size)
-        self.scales = fit_scales(blocks, scheme.bits, scheme.bfloat16_scales, cost).astype(np.float64)
+        self.scales = fit_scales(matrix.reshape(len(matrix), -1, size), scheme.bits, scheme.bfloat16_scales, cost)
 
     def blank(self, columns: int) -> Codes:
         return np.zeros((columns, len(self.scales)), np.int8)
 
-    def round(self, column: int, target: Array) -> tuple[NDArray[np.integer], Array]:
+    def round(self, column: int, target: Matrix) -> tuple[NDArray[np.integer], Matrix]:
         scale = self.scales[:, self.block[column]]
         codes = np.clip(np.rint(target / scale), *integer_range(self.scheme.bits))
         return codes.astype(np.int8), codes * scale
 
-    def values(self, codes: Codes) -> Array:
+    def values(self, codes: Codes) -> Matrix:
         return codes * self._spread(self.scales)
 
-    def refit(self, codes: Codes, weights: Array, damped: Array, rows: Array) -> None:
-        slope = codes.astype(np.float64)
+    def refit(self, codes: Codes, weights: Matrix, damped: Matrix, rows: Array) -> None:
+        slope = codes.astype(np.float32)
         scales = _least_squares(self.scales, self._spread, self._gather, slope, weights, damped, rows)
         positive = np.where(scales > 0, scales, self.scales).astype(np.float32)
-        self.scales = storable_scales(positive, self.scheme.bfloat16_scales).astype(np.float64)
+        self.scales = storable_scales(positive, self.scheme.bfloat16_scales)
 
-    def _spread(self, scales: Array) -> Array:
+    def _spread(self, scales: Matrix) -> Matrix:
         return scales.T[self.block]
 
-    def _gather(self, values: Array) -> Array:
+    def _gather(self, values: Matrix) -> Array:
         blocks = self.curvature.in_place(values).reshape(self.scales.shape[1], -1, len(self.scales))
-        return blocks.sum(axis=1).T
+        return blocks.sum(axis=1, dtype=np.float64).T
 
     def stored(self, codes: Codes, shape: tuple[int, ...]) -> IntegerWeight:
         ints = np.ascontiguousarray(codes.T, np.int8).reshape(shape)
-        return IntegerWeight(self.scheme.bits, ints, self.scales.astype(np.float32), 2 if self.scheme.bfloat16_scales else 4)
+        return IntegerWeight(self.scheme.bits, ints, self.scales, 2 if self.scheme.bfloat16_scales else 4)
 
 
-def _descend(weights: Array, codebook: _Codebook, curvature: _Curvature, rows: Array) -> Iterator[Codes]:
+def _descend(weights: Matrix, codebook: _Codebook, curvature: _Curvature, rows: Array) -> Iterator[Codes]:
     """Codes [in, out] after the first sweep and after each turn, each with less damped loss; the same array every time."""
     codes = codebook.blank(len(weights))
     errors = np.zeros_like(weights)
     _sweep(weights, errors, codes, codebook, curvature.feedback, first=True)
+    if weights.size >= LARGE:
+        codebook.refit(codes, weights, curvature.damped, rows)
+        yield codes
+        return
+    coupling = curvature.descent()
     for turn in range(TURNS + 1):
         if turn:
             codebook.refit(codes, weights, curvature.damped, rows)
             errors = weights - codebook.values(codes)
-        _sweep(weights, errors, codes, codebook, curvature.descent, first=False)
+        _sweep(weights, errors, codes, codebook, coupling, first=False)
         yield codes
 
 
-def _sweep(weights: Array, errors: Array, codes: Codes, codebook: _Codebook, coupling: Array, first: bool) -> None:
+def _sweep(weights: Matrix, errors: Matrix, codes: Codes, codebook: _Codebook, coupling: Matrix, first: bool) -> None:
     """Rounds every column k at w_k + sum_j errors_j coupling_jk, and renews its errors and codes in place.
 
     weights, errors: [in, out]. first: the errors are 0 and `coupling` is upper triangular.
@@ -332,12 +372,12 @@ def _sweep(weights: Array, errors: Array, codes: Codes, codebook: _Codebook, cou
 
 
 def _least_squares(
-    parameters: Array,
-    spread: Callable[[Array], Array],
-    gather: Callable[[Array], Array],
-    slope: Array,
-    weights: Array,
-    damped: Array,
+    parameters: Matrix,
+    spread: Callable[[Matrix], Matrix],
+    gather: Callable[[Matrix], Array],
+    slope: Matrix,
+    weights: Matrix,
+    damped: Matrix,
     rows: Array,
 ) -> Array:
     """Parameters [systems, unknowns] nearer to the least weighted loss of weights - slope * spread(parameters), [in, out].
@@ -345,18 +385,23 @@ def _least_squares(
     `gather` is the transpose of `spread`. Conjugate gradients, preconditioned by the diagonal, for all systems side by side.
     """
 
-    def pull(values: Array) -> Array:
-        return gather((damped @ values) * rows * slope).reshape(parameters.shape)
+    weighted = slope * rows.astype(np.float32)
 
-    diagonal = gather(np.outer(damped.diagonal(), rows) * np.square(slope)).reshape(parameters.shape)
+    def pull(values: Matrix) -> Array:
+        return gather((damped @ values) * weighted).reshape(parameters.shape)
+
+    def push(values: Array) -> Matrix:
+        return slope * spread(values.astype(np.float32))
+
+    diagonal = gather(damped.diagonal()[:, None] * slope * weighted).reshape(parameters.shape)
     inverse = np.divide(1, diagonal, out=np.zeros_like(diagonal), where=diagonal > 0)
-    found = parameters.copy()
-    residual = pull(weights - slope * spread(found))
+    found = parameters.astype(np.float64)
+    residual = pull(weights - push(found))
     direction = inverse * residual
     power = (residual * direction).sum(axis=1, keepdims=True)
     enough = 1e-6 * power
     for _ in range(STEPS):
-        image = pull(slope * spread(direction))
+        image = pull(push(direction))
         bend = (direction * image).sum(axis=1, keepdims=True)
         length = np.divide(power, bend, out=np.zeros_like(power), where=(bend > 0) & (power > enough))
         found += length * direction
@@ -369,5 +414,5 @@ def _least_squares(
     return found
 
 
-def _column_sum(values: Array) -> Array:
-    return values.sum(axis=0)
+def _column_sum(values: Matrix) -> Array:
+    return values.sum(axis=0, dtype=np.float64)
