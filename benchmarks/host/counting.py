@@ -22,6 +22,7 @@ from export.formats.onnx import OPSET
 from export.formats.onnx_kernels import TRANSLATIONS, use_kernels
 from export.rewrites import Rewrites
 from runtimes.harness.cost import ArtifactCost, artifact_cost
+from runtimes.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def count(label: str, rewrites: Rewrites, layers: int = LAYERS, dual: tuple[int,
 
 def shape_cost(component: Component) -> ArtifactCost:
     """The cost of a component whose weights are never made."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         module = use_kernels(component.make()).eval().requires_grad_(False)
         given = tuple(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in component.inputs)
         program = torch.onnx.export(
