@@ -43,13 +43,15 @@ def allocate(candidates: Mapping[Name, Sequence[Candidate]], budget: int, work: 
     least = sum(ladder[0].nbytes for ladder in ladders.values())
     if least > budget:
         raise UserError(f"a budget of {budget:,} bytes is too small: the least these weights take is {least:,}; give it more")
-    limit = budget
+    nbytes, again = budget, work
     while True:
-        chosen = dict(zip(ladders, _solve(list(ladders.values()), limit, work), strict=True))
+        chosen = dict(zip(ladders, _solve(list(ladders.values()), nbytes, again), strict=True))
         over = sum(option.nbytes for option in chosen.values()) - budget
-        if over <= 0:
+        more = sum(option.work for option in chosen.values()) - work
+        if over <= 0 and more <= 0:
             return chosen
-        limit -= over  # the solver keeps a constraint to its tolerance, a budget is kept to the byte
+        nbytes -= max(over, 0)  # the solver keeps a constraint to its tolerance, a budget is kept to the byte
+        again -= max(more, 0)
 
 
 def _solve(ladders: Sequence[Sequence[Candidate]], limit: int, work: int) -> list[Candidate]:

@@ -203,8 +203,8 @@ def test_the_objective_is_the_mean_weighted_squared_output_error() -> None:
     sensitivity = np.arange(1, 7).astype(np.float32)
     outputs = inputs @ error.reshape(6, 20).T.astype(np.float64)
     moments = inputs.T @ inputs / len(inputs)
-    assert objective(error, moments, sensitivity) == pytest.approx((np.square(outputs) @ sensitivity).mean(), rel=1e-6)
-    assert objective(error, moments) == pytest.approx(np.square(outputs).sum(axis=1).mean(), rel=1e-6)
+    assert objective(error, moments, sensitivity) == pytest.approx((np.square(outputs) @ sensitivity).mean(), rel=1e-9)
+    assert objective(error, moments) == pytest.approx(np.square(outputs).sum(axis=1).mean(), rel=1e-9)
 
 
 def test_centred_moments_are_the_covariance() -> None:
