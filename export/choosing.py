@@ -20,7 +20,7 @@ from calibration.statistics import InputRounding, LayerStatistics, Statistics
 from export.calibrating import statistics_of
 from export.compression.allocation import Candidate, allocate
 from export.compression.estimating import squared_error
-from export.compression.ladders import rounds_inputs
+from export.compression.ladders import Activations, rounds_inputs
 from export.compression.parallel import in_order
 from export.compression.recipe import Evidence, FormatRecipe, RecipeFile, WeightChoice, scheme_entry
 from export.compression.rounding import Layers, importance, known, nothing_known
@@ -29,7 +29,7 @@ from export.measuring import Loss
 from export.planning import ExportPlan
 from export.progress import Progress
 
-SECOND_PRODUCTS = 0.25
+SECOND_PRODUCTS: Mapping[Activations, float] = {"float": 0.25, "int8": 0.0, "int16": 1.0}
 """Of the multiply-accumulates of linears whose inputs are rounded, the share that may be done again, for inputs of 16 bits."""
 
 # Weights of a tensor that candidates are tried on, in whole groups of rows; a larger one is sampled evenly.
@@ -104,9 +104,10 @@ def weigh(
     return dict(zip(names, in_order(candidates, plan.undecided), strict=True))
 
 
-def affordable_work(weighed: Mapping[Key, Sequence[Candidate]]) -> int:
+def affordable_work(weighed: Mapping[Key, Sequence[Candidate]], activations: Activations) -> int:
     """The multiply-accumulates of second products that the chosen candidates may take together."""
-    return int(SECOND_PRODUCTS * sum(max(candidate.work for candidate in candidates) for candidates in weighed.values()))
+    whole = sum(max(candidate.work for candidate in candidates) for candidates in weighed.values())
+    return int(SECOND_PRODUCTS[activations] * whole)
 
 
 def _sample(key: Key, values: np.ndarray, layer: LayerStatistics | None) -> _Weight:
@@ -137,7 +138,7 @@ def _choose(
     pieces = [(part.name, piece) for part in plan.parts if part.name in plan.exported for piece in part.plans[format]]
     shapes = {(component, info.name): info.shape for component, piece in pieces for info in piece.weights}
     settled = {(component, name): scheme for component, piece in pieces for name, scheme in piece.settled.items()}
-    chosen = allocate(weighed, plan.budgets[format], affordable_work(weighed)) if weighed else {}
+    chosen = allocate(weighed, plan.budgets[format], affordable_work(weighed, plan.activations)) if weighed else {}
     components: dict[str, dict[str, WeightChoice]] = {}
     for key, shape in shapes.items():
         scheme = chosen[key].scheme if key in chosen else settled[key]

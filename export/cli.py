@@ -68,10 +68,11 @@ _of_the_graphs = _options(
     ),
     click.option(
         "--activations",
-        type=click.Choice(["float", "int8"]),
+        type=click.Choice(["float", "int8", "int16"]),
         default="float",
         show_default=True,
-        help="Android: what linears multiply. int8 rounds all their inputs to 8 bits: faster, but not as exact.",
+        help="Android: what linears multiply. int8 rounds all their inputs to 8 bits: faster, but not as exact. int16 has "
+        "ExecuTorch round them to 16 wherever that helps: slower, but more exact.",
     ),
     click.option("--deployment-target", default="iOS18", show_default=True, help="Core ML: iOS17 or iOS18."),
     click.option("--format", "formats", multiple=True, help="Only these formats of the target: coreml, onnx, executorch."),

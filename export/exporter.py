@@ -79,7 +79,7 @@ def key_of(plan: ExportPlan, fingerprint: str) -> str:
         plan.target.name,
         asdict(plan.graph),
         asdict(plan.emit),
-        [asdict(plan.budget), dict(plan.budgets)],
+        [asdict(plan.budget), dict(plan.budgets), plan.activations],
         recipe,
         calibration,
         [repr(format) for format in plan.formats],

@@ -23,7 +23,7 @@ from export.formats.format import EmitOptions, Format
 from export.lora import Lora
 from export.rewrites import Rewrites, rewrites_of
 from export.sigmas import choose_sigmas
-from export.targets import ROUNDING_FORMATS, Target, choose_formats, load_format
+from export.targets import ROUNDING_FORMATS, ROUNDING_TWICE, Target, choose_formats, load_format
 from runtimes.tokenizer import Tokenizer
 
 # Golden cases and graphs beside the stored weights, and what formats write on the way.
@@ -105,6 +105,7 @@ class ExportPlan:
     """Everything that is settled before the long work begins.
 
     budgets: by format, bytes for the weights that have a choice
+    activations: what linears multiply, where a format leaves the choice
     calibration: None where nothing is going to be calibrated
     recipe: choices made before, which leave none
     """
@@ -116,6 +117,7 @@ class ExportPlan:
     emit: EmitOptions
     budget: Budget
     budgets: Mapping[str, int]
+    activations: Activations
     recipe: RecipeFile | None
     calibration: CalibrationOptions | None
     formats: tuple[Format, ...]
@@ -148,9 +150,7 @@ class ExportPlan:
 def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
     """Opens the checkpoint and plans. Raises `UserError` with every reason to refuse, one a line."""
     names = choose_formats(target, options.formats)
-    if options.activations == "int8" and ROUNDING_FORMATS.isdisjoint(names):
-        raise UserError(f"--activations int8 is a choice of ONNX and ExecuTorch, and --target {target.name} makes "
-                        f"{', '.join(names)} here; leave it out")
+    _check_activations(options.activations, target, names)
     formats = tuple(load_format(name, options.activations) for name in names)
     recipe, budget = _asked(target, options)
     device_of(options.calibration)
@@ -199,6 +199,7 @@ def make_plan(target: Target, options: ExportOptions) -> ExportPlan:
         emit,
         budget,
         budgets,
+        options.activations,
         recipe,
         calibration,
         formats,
@@ -240,6 +241,14 @@ def _large_notes(effort: Effort, steps: int, check: Check, calibration: Calibrat
     return notes
 
 
+def _check_activations(activations: Activations, target: Target, names: tuple[str, ...]) -> None:
+    choices = {"float": names, "int8": ROUNDING_FORMATS, "int16": ROUNDING_TWICE}
+    if frozenset(choices[activations]).isdisjoint(names):
+        whose = "ONNX and ExecuTorch" if activations == "int8" else "ExecuTorch"
+        raise UserError(f"--activations {activations} is a choice of {whose}, and --target {target.name} makes "
+                        f"{', '.join(names)} here; leave it out")
+
+
 def _asked(target: Target, options: ExportOptions) -> tuple[RecipeFile | None, Budget]:
     """The recipe, or how much the weights may take."""
     if not options.calibrate and options.calibration != CalibrationOptions():
@@ -268,7 +277,7 @@ class _Schemes:
             chosen = self.recipe.schemes(format, component)
             return Plan(infos, {info.name: (chosen.get(info.name, FloatScheme(16)),) for info in infos})
         if not (self.options.calibrate and self.budget.compresses):
-            return plan(infos, format, int(bits))
+            return plan(infos, format, int(bits), 16 if self.options.activations == "int16" else 8)
         deployment_target, activations = self.options.deployment_target, self.options.activations
         return Plan(infos, {info.name: ladder(info, format, deployment_target, activations) for info in infos}, bits)
 

@@ -59,6 +59,9 @@ TARGETS = {
 ROUNDING_FORMATS = frozenset({"onnx", "executorch"})
 """Those with linears that can multiply integers of 8 bits: --activations is a choice of theirs."""
 
+ROUNDING_TWICE = frozenset({"executorch"})
+"""Those with linears that can multiply inputs of 16 bits as two of 8: they hear --activations int16."""
+
 
 def load_format(name: str, activations: Activations = "float") -> Format:
     """The format of a name; `activations` are for those whose graphs differ by them (ONNX).
@@ -72,7 +75,7 @@ def load_format(name: str, activations: Activations = "float") -> Format:
     if name == "onnx":
         from export.formats.onnx import OnnxFormat
 
-        return OnnxFormat(activations=activations)
+        return OnnxFormat(activations="int8" if activations == "int8" else "float")
     from export.formats.executorch import ExecuTorchFormat
 
     return ExecuTorchFormat()

@@ -101,10 +101,11 @@ def in_turns(part: str, sides: Sequence[Side], rounds: int, progress: Progress) 
 def pictures(folder: Path, threads: int, rounds: int, progress: Progress) -> list[Row]:
     """flash-mini's bundles, made where they are not there yet, with default options but for the activations."""
     model = built_in()
-    float_bundle, int8_bundle = folder / "float", folder / "int8"
+    float_bundle, int8_bundle, int16_bundle = (folder / name for name in ("float", "int8", "int16"))
     for place, options in (
         (float_bundle, ExportOptions(model)),
         (int8_bundle, ExportOptions(model, activations="int8")),
+        (int16_bundle, ExportOptions(model, activations="int16", formats=("executorch",))),
     ):
         if not place.exists():
             export(make_plan(TARGETS["android"], options), place, progress)
@@ -122,6 +123,7 @@ def pictures(folder: Path, threads: int, rounds: int, progress: Progress) -> lis
         Side("ONNX, int8 activations", ours(int8_bundle, "onnxruntime"), WORKER),
         Side("ExecuTorch, some inputs of 16 bits", ours(float_bundle, "executorch"), WORKER),
         Side("ExecuTorch, int8 activations", ours(int8_bundle, "executorch"), WORKER),
+        Side("ExecuTorch, int16 activations", ours(int16_bundle, "executorch"), WORKER),
     ]
     return in_turns("pictures", sides, rounds, progress)
 

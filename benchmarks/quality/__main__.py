@@ -45,7 +45,7 @@ from export.console import NOWHERE, StageBars, noise_to
 from export.measuring import Trial
 from export.planning import ExportOptions, ExportPlan, make_plan
 from export.recording import loaded
-from export.targets import TARGETS
+from export.targets import ROUNDING_TWICE, TARGETS
 from runtimes.harness.parity import psnr
 from runtimes.tables import compact_table, megabytes
 
@@ -186,6 +186,10 @@ def _curve(bench: Bench, theirs: Sequence[Row]) -> Iterator[Method]:
     budgets |= {f"--bits {bits:g}": bench.budget(bits) for bits in BITS[bench.format.name]}
     for name, nbytes in budgets.items():
         yield bench.rounded(f"ours, {name}", mixed(candidates, bench.settled, nbytes), None)
+    if bench.format.name in ROUNDING_TWICE:
+        for row in theirs:
+            recipe = mixed(candidates, bench.settled, row.nbytes, "int16")
+            yield bench.rounded(f"ours int16, size of {row.method}", recipe, None)
 
 
 @click.command()

@@ -22,11 +22,12 @@ def draw_chart(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for format, panel in zip(formats, panels[0], strict=True):
         shown = [row for row in rows if row["format"] == format and math.isfinite(row["latents"])]
         curves = {
-            "export-flash, calibrated mixed bits": [r for r in shown if r["method"].startswith("ours")],
+            "export-flash, calibrated mixed bits": [r for r in shown if r["method"].startswith("ours,")],
+            "export-flash, inputs of 16 bits": [r for r in shown if r["method"].startswith("ours int16")],
             "its steps at 6 bits": [r for r in shown if r["ours"] and not r["method"].startswith("ours")],
             "others": [r for r in shown if not r["ours"]],
         }
-        for (label, curve), marker in zip(curves.items(), ("o", "x", "s"), strict=True):
+        for (label, curve), marker in zip(curves.items(), ("o", "^", "x", "s"), strict=True):
             points = sorted((row["nbytes"] / 1e6, row["latents"]) for row in curve)
             if points:
                 line = "solid" if label.startswith("export-flash") else "none"

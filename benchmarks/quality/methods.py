@@ -14,6 +14,7 @@ from export.choosing import affordable_work, layers_of
 from export.compression.allocation import Candidate, allocate
 from export.compression.compress import parameter, store
 from export.compression.feedback import store_with_feedback
+from export.compression.ladders import Activations
 from export.compression.parallel import in_order
 from export.compression.rounding import Layers, importance, round_weights
 from export.compression.schemes import FloatScheme, PaletteScheme, Recipe, Scheme, WeightInfo, stored_bytes
@@ -115,10 +116,12 @@ def uniform(palette: PaletteScheme) -> Recipes:
     return lambda _, infos: {info.name: scheme(info) for info in infos}
 
 
-def mixed(candidates: Mapping[Key, list[Candidate]], settled: Mapping[Key, Settled], budget: int) -> Recipes:
+def mixed(
+    candidates: Mapping[Key, list[Candidate]], settled: Mapping[Key, Settled], budget: int, activations: Activations = "float"
+) -> Recipes:
     """The integer programme's choice in `budget` bytes. settled: the weights that have no choice."""
     fixed = sum(stored_bytes(scheme, shape) for scheme, shape in settled.values())
-    chosen = allocate(candidates, budget - fixed, affordable_work(candidates))
+    chosen = allocate(candidates, budget - fixed, affordable_work(candidates, activations))
 
     def recipe(component: str, infos: tuple[WeightInfo, ...]) -> Recipe:
         keys = [(component, info.name) for info in infos]

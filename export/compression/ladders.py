@@ -11,8 +11,9 @@ from typing import Literal
 from calibration.layers import BLOCKS, block_of
 from export.compression.schemes import SMALL, FloatScheme, IntegerScheme, PaletteScheme, Scheme, WeightInfo
 
-Activations = Literal["float", "int8"]
-"""What linears whose weights are integers multiply, where a format leaves the choice: the nearest to float, or 8 bits."""
+Activations = Literal["float", "int8", "int16"]
+"""What linears whose weights are integers multiply, where a format leaves the choice. float: the nearest to it that is not much
+slower; int8: integers of 8 bits alone; int16: as far as memory and not time sets the limit, integers of 16 bits."""
 
 GROUP = 16  # output channels that share a palette, where they do
 
@@ -22,7 +23,7 @@ def ladder(info: WeightInfo, backend: str, deployment_target: str, activations: 
 
     Norms, biases and tensors of fewer than `SMALL` values have one: their bytes do not matter. An iPhone on iOS 17 knows no
     palettes of 3 bits, no groups, no scales and no vectors. With int8 activations ONNX Runtime's linears have the blocks that
-    it multiplies fastest, and XNNPACK's round their inputs to 8 bits, never to 16.
+    it multiplies fastest, and XNNPACK's round their inputs to 8 bits, never to 16. The integer programme hears of int16.
     """
     if backend == "coreml":
         return _coreml(info, deployment_target)
@@ -69,6 +70,6 @@ def _executorch(info: WeightInfo, activations: Activations) -> tuple[Scheme, ...
     integers = [IntegerScheme(8)]
     if info.row % 32 == 0:
         integers.insert(0, IntegerScheme(4, 32, bfloat16_scales=True))
-    if activations == "float":
+    if activations != "int8":
         integers = [replace(scheme, input_bits=bits) for scheme in integers for bits in (8, 16)]
     return (*integers, FloatScheme(32))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import nn
 
@@ -131,11 +132,16 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
     return packed_bytes(count, scheme.bits) + scales * (2 if scheme.bfloat16_scales else 4)
 
 
-def plan(weights: Iterable[WeightInfo], backend: str, bits: int) -> Plan:
-    """The plan of a component without calibration, for a format ("coreml", "onnx", "executorch") at 16, 8 or 6 bits."""
+def plan(weights: Iterable[WeightInfo], backend: str, bits: int, input_bits: int = 8) -> Plan:
+    """The plan of a component without calibration, for a format ("coreml", "onnx", "executorch") at 16, 8 or 6 bits.
+
+    input_bits: to which XNNPACK's linears round their inputs
+    """
     infos = tuple(weights)
-    choose = {"coreml": _coreml, "onnx": _onnx, "executorch": _executorch}[backend]
-    candidates = {info.name: choose(info, bits) for info in infos}
+    executorch = partial(_executorch, input_bits=input_bits)
+    choose: Mapping[str, Callable[[WeightInfo, int], tuple[Scheme, ...]]]
+    choose = {"coreml": _coreml, "onnx": _onnx, "executorch": executorch}
+    candidates = {info.name: choose[backend](info, bits) for info in infos}
     return Plan(infos, candidates, float(bits))
 
 
@@ -167,15 +173,15 @@ def _onnx(info: WeightInfo, bits: int) -> tuple[Scheme, ...]:
     return (IntegerScheme(8),)  # convolutions per output channel, embeddings per row
 
 
-def _executorch(info: WeightInfo, bits: int) -> tuple[Scheme, ...]:
+def _executorch(info: WeightInfo, bits: int, input_bits: int) -> tuple[Scheme, ...]:
     # XNNPACK takes no float16 weights beside float32 activations: what is not integer is stored as float32.
     if bits == 16 or _is_kept(info) or info.kind == "conv" or (bits == 8 and _is_first_or_last(info)):
         return (FloatScheme(32),)
-    eight = IntegerScheme(8)
+    eight = IntegerScheme(8, input_bits=input_bits if info.kind == "linear" else 8)
     if info.kind == "linear" and bits == 6 and not _is_first_or_last(info):
         four = _blocks(info, 4, (32,), bfloat16_scales=True)
         if four:
-            return (four, eight)
+            return (replace(four, input_bits=input_bits), eight)
     return (eight,)
 
 

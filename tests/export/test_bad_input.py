@@ -115,6 +115,10 @@ OPTIONS: dict[str, Case] = {
     "format of another target": (option("--format", "onnx"), ("--format onnx", "choose from coreml")),
     "component": (option("--component", "unet"), ("--component unet", "choose from text_encoder")),
     "int8 activations": (option("--activations", "int8"), ("--activations int8", "ExecuTorch", "--target ios makes coreml")),
+    "int16 activations": (
+        option("--target", "android", "--format", "onnx", "--activations", "int16"),
+        ("--activations int16", "a choice of ExecuTorch", "--target android makes onnx"),
+    ),
     "deployment target": (option("--deployment-target", "iOS3"), ("iOS3", "choose from iOS17, iOS18")),
     "rewrite": (option("--without", "magic"), ("--without magic", "choose from fold_null_tokens")),
     "chunks": (option("--chunks", 99), ("--chunks 99", "choose")),

@@ -128,7 +128,9 @@ def test_a_dry_run_writes_nothing_and_names_all_components(
         assert name in shown
     assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
     # --activations is heard by the targets that have the choice.
-    assert export(capfd, checkpoint, tmp_path / "out", "--target", "all", "--activations", "int8", "--dry-run")[0] == 0
+    for activations in ("int8", "int16"):
+        asked = ("--target", "all", "--activations", activations, "--dry-run")
+        assert export(capfd, checkpoint, tmp_path / "out", *asked)[0] == 0
 
 
 def test_inspect_shows_every_artifact_and_tensor_whole_at_80_columns(

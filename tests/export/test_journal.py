@@ -76,8 +76,9 @@ def test_what_was_finished_is_taken_up_by_the_same_export_alone(tmp_path: Path) 
     def key(**other: object) -> str:
         return key_of(make_plan(TARGETS["android"], replace(options, **other)), "fingerprint")  # type: ignore[arg-type]
 
-    others = [key(activations="int8"), key(bits=7.5), key(formats=("onnx",)), key(resolution=(64, 64)), key(calibrate=False)]
+    others = [key(bits=7.5), key(formats=("onnx",)), key(resolution=(64, 64)), key(calibrate=False)]
+    others += [key(activations="int8"), key(activations="int16")]
     assert key() == key()
-    assert len({key(), *others}) == 6
+    assert len({key(), *others}) == 7
     onnx = key(formats=("onnx",), calibrate=False)  # whose weights are the same with other activations
     assert onnx != key(formats=("onnx",), calibrate=False, activations="int8")

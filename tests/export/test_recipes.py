@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 
 from export import cli
 from export.budgets import parse_size
-from export.compression.recipe import RecipeFile, read_recipe
+from export.compression.recipe import RecipeFile, WeightChoice, read_recipe
 from export.errors import UserError
+from export.exporter import RECIPE
 from runtimes.bundle import Manifest, load_manifest
 from tests.models import TinyModel, write_checkpoint
 
@@ -81,6 +83,40 @@ def test_what_an_analysis_predicts_is_about_what_it_measures(recipe: Path) -> No
     for name, format in read_recipe(recipe).formats.items():
         assert format.predicted_loss is not None and format.measured_loss is not None
         assert 0.1 < format.predicted_loss / format.measured_loss < 10, name
+
+
+def test_activations_say_how_many_linears_of_executorch_take_inputs_of_16_bits(
+    checkpoint: Path, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shares, losses = dict[str, float](), dict[str, float]()
+    for activations in ("int8", "float", "int16"):
+        asked = ("analyze", *_flags(checkpoint, prompts), "--target", "android", "--bits", "8", "--activations", activations)
+        assert run(capfd, *asked, "--out", tmp_path / "recipe.json")[0] == 0
+        formats = read_recipe(tmp_path / "recipe.json").formats
+        assert not _twice(choice for part in formats["onnx"].components.values() for choice in part.values())
+        choices = [choice for part in formats["executorch"].components.values() for choice in part.values()]
+        linears = [choice for choice in choices if len(choice.weighed) > 2]
+        shares[activations] = _twice(linears) / sum(math.prod(choice.shape) for choice in linears)
+        losses[activations] = formats["executorch"].predicted_loss or math.nan
+    assert shares["int8"] == 0 < shares["float"] < shares["int16"]
+    assert losses["int16"] < losses["float"] < losses["int8"]
+
+
+def _twice(choices: Iterable[WeightChoice]) -> int:
+    """How many weights multiply inputs of 16 bits."""
+    return sum(math.prod(choice.shape) for choice in choices if getattr(choice.scheme, "input_bits", 8) == 16)
+
+
+def test_without_calibration_int16_is_for_every_integer_linear(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--target", "android", "--format", "executorch", "--component", "text_encoder", "--model", checkpoint)
+    how = ("--no-calibration", "--bits", 6, "--activations", "int16")
+    assert run(capfd, *asked, *how, "--out", tmp_path)[0] == 0
+    parts = read_recipe(tmp_path / "android" / RECIPE).formats["executorch"].components
+    inputs = {name: getattr(c.scheme, "input_bits", None) for name, c in parts["text_encoder"].items()}
+    assert inputs["text_model.encoder.layers.0.mlp.fc1.weight"] == 16
+    assert inputs["text_model.embeddings.token_embedding.weight"] == 8
 
 
 def test_an_export_by_a_recipe_stores_what_the_recipe_says(
