@@ -44,7 +44,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a piece. What is written inside a stage and read nowhere else is computed anew on the way back."""
+    """One run of a piece. What is written inside a stage and read nowhere else may be computed anew on the way back."""
 
     piece: Piece
     stage: str

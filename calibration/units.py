@@ -1,7 +1,8 @@
 """The order of work on a trajectory: units that can each be lost and done again, and which files each reads and writes.
 
 First every call forward; what passes between stages is kept. Then the stages from the last to the first: a stage's calls
-forward again for what passes inside it (Chen et al. 2016), and each of them backward, in reverse.
+forward again for what passes inside it (Chen et al. 2016), and each of them backward, in reverse. Where few prompts make all
+that passes small enough, everything is kept, and nothing is computed again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from itertools import groupby
 import numpy as np
 
 from calibration.trajectory import Call, Read, Trajectory
+
+KEPT = 4 << 30
+"""Bytes on disk up to which everything that a trajectory computes is kept for the way back."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,11 @@ def schedule(trajectory: Trajectory) -> Schedule:
             if gradient is not None:
                 returned[read.tensor].append(gradient)
     units = [_forward(trajectory, call) for call in trajectory.calls]
+    keeps = sum(_bytes(trajectory, spec.shape) for spec in trajectory.specs.values()) <= KEPT
     sums: dict[str, str] = {}
     turns = [call.piece.name for call in trajectory.calls]
     for _, group in reversed([(stage, list(group)) for stage, group in groupby(calls, lambda item: item[0].stage)]):
-        units += [_forward(trajectory, call) for call, _ in group[:-1]]
+        units += [] if keeps else [_forward(trajectory, call) for call, _ in group[:-1]]
         for call, gradients in reversed(group):
             piece = call.piece.name
             turns.remove(piece)
@@ -102,7 +107,12 @@ def file_bytes(trajectory: Trajectory, plan: Schedule) -> dict[str, int]:
     """What each tensor and gradient takes; what a piece gathers is not known before it is loaded."""
     tensors = {name: spec.shape for name, spec in trajectory.specs.items()}
     gradients = {gradient.file: gradient.shape for found in plan.returned.values() for gradient in found}
-    return {name: 4 * trajectory.prompts * math.prod(shape) for name, shape in (tensors | gradients).items()}
+    return {name: _bytes(trajectory, shape) for name, shape in (tensors | gradients).items()}
+
+
+def _bytes(trajectory: Trajectory, shape: tuple[int, ...]) -> int:
+    """Of a float32 tensor of every prompt."""
+    return 4 * trajectory.prompts * math.prod(shape)
 
 
 def _gradients(trajectory: Trajectory, number: int, call: Call) -> tuple[Gradient | None, ...]:

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 from torch import nn
 
+from calibration import units
 from calibration.statistics import Statistics
 from calibration.store import CACHE, Writer, default_cache, locked
 from export.checkpoint import Checkpoint
@@ -110,15 +111,27 @@ def test_one_piece_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch, run: 
     monkeypatch.setattr(Component, "load", counted)
     run(1, tmp_path)
     assert most == 1
-    assert loaded["transformer_chunk2of3"] == 6  # in both steps: forward, again for the way back, and back
+    assert loaded["transformer_chunk2of3"] == 4  # in both steps: forward and back
 
 
 def test_other_prompts_are_calibrated_anew(run: Calibrate, two: Statistics, tmp_path: Path) -> None:
     assert run(1, tmp_path).folder.name != two.folder.name
 
 
+def test_what_passes_between_blocks_is_kept_or_computed_again_with_the_same_statistics(
+    monkeypatch: pytest.MonkeyPatch, run: Calibrate, two: Statistics, tmp_path: Path
+) -> None:
+    kept, computed = Listener(), Listener()
+    assert files(run(2, tmp_path / "kept", progress=kept)) == files(two)
+    monkeypatch.setattr(units, "KEPT", 0)
+    assert files(run(2, tmp_path / "computed", progress=computed)) == files(two)
+    again = len(computed.steps) - len(kept.steps)
+    assert again == sum("transformer" in step and "back" not in step for step in kept.steps) - 2  # but the last of two steps
+
+
 def test_only_what_the_way_back_asks_for_is_kept(monkeypatch: pytest.MonkeyPatch, run: Calibrate, tmp_path: Path) -> None:
     """At the turn: no states between blocks, but what encoders, conditioner and steps gave."""
+    monkeypatch.setattr(units, "KEPT", 0)
 
     class Stopping(Listener):
         def step(self, detail: str) -> None:
