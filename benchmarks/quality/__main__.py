@@ -182,14 +182,14 @@ def _steps(bench: Bench) -> list[Method]:
 
 def _curve(bench: Bench, theirs: Sequence[Row]) -> Iterator[Method]:
     candidates = bench.candidates()
-    budgets = {f"size of {row.method}": row.nbytes for row in theirs}
+    budgets = {f"at {row.method}": row.nbytes for row in theirs}
     budgets |= {f"--bits {bits:g}": bench.budget(bits) for bits in BITS[bench.format.name]}
     for name, nbytes in budgets.items():
         yield bench.rounded(f"ours, {name}", mixed(candidates, bench.settled, nbytes), None)
     if bench.format.name in ROUNDING_TWICE:
         for row in theirs:
             recipe = mixed(candidates, bench.settled, row.nbytes, "int16")
-            yield bench.rounded(f"ours int16, size of {row.method}", recipe, None)
+            yield bench.rounded(f"ours int16, at {row.method}", recipe, None)
 
 
 @click.command()
