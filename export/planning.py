@@ -256,6 +256,8 @@ def _asked(target: Target, options: ExportOptions) -> tuple[RecipeFile | None, B
     if options.recipe is not None:
         if options.bits is not None or options.size_budget is not None or options.preset is not None:
             raise UserError("--recipe has made the choice that --bits, --size-budget and --preset ask for; give one of them")
+        if options.activations == "int16":
+            raise UserError("--recipe has made the choice that --activations int16 asks for; analyze with it, or leave it out")
         return read_recipe(options.recipe), Budget(f"--recipe {options.recipe}")
     budget = choose_budget(target, options.bits, options.size_budget, options.preset)
     if not options.calibrate:

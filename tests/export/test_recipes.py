@@ -107,6 +107,15 @@ def _twice(choices: Iterable[WeightChoice]) -> int:
     return sum(math.prod(choice.shape) for choice in choices if getattr(choice.scheme, "input_bits", 8) == 16)
 
 
+def test_int16_is_refused_beside_a_recipe_which_has_chosen(
+    recipe: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--target", "android", "--format", "executorch", "--model", checkpoint, "--recipe", recipe, "--out", tmp_path)
+    code, shown = run(capfd, *asked, "--activations", "int16")
+    assert code == 2 and "--recipe has made the choice that --activations int16 asks for" in shown
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_calibration_int16_is_for_every_integer_linear(
     checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
